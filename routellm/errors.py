@@ -1,0 +1,81 @@
+"""Every error this software raises on purpose, as one tree.
+
+::
+
+    RouteLLMError                   exit status 1
+    ├── UsageError                  exit status 2: the caller asked for something that cannot be
+    ├── SourceError                 a source of battles cannot be read (missing, truncated, wrong shape)
+    ├── SnapshotError               a snapshot is missing, damaged or cannot be written
+    ├── ValidationError             a critical expectation failed; nothing was trained
+    ├── EmbeddingError              an encoder is missing, damaged or did not answer
+    ├── BenchmarkError              a benchmark table is missing, damaged or lacks the pair's models
+    ├── TrainingError               a router cannot be trained on these battles
+    ├── BundleError                 a saved router is missing a file, damaged or of another kind
+    ├── RegistryError               MLflow did not answer, or has no such version or alias
+    └── GatewayError                a request the gateway refuses or cannot serve (carries a status)
+
+Messages say what was wrong, what was found and what to do, in one sentence a person can act on.
+"""
+
+
+class RouteLLMError(Exception):
+    """Base of every expected failure; the command line prints its message without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(RouteLLMError):
+    """The request itself is wrong: an unknown name, a value out of range, a missing option."""
+
+    exit_code = 2
+
+
+class SourceError(RouteLLMError):
+    """A source of battles is missing, truncated, or not in a shape we know."""
+
+
+class SnapshotError(RouteLLMError):
+    """A snapshot is missing, damaged, or could not be written."""
+
+
+class ValidationError(RouteLLMError):
+    """A critical expectation failed, so nothing may be trained on the data."""
+
+
+class EmbeddingError(RouteLLMError):
+    """An encoder is missing, damaged, or did not answer."""
+
+
+class BenchmarkError(RouteLLMError):
+    """A benchmark table is missing, damaged, or lacks one of the pair's models."""
+
+
+class TrainingError(RouteLLMError):
+    """A router cannot be trained on the given battles."""
+
+
+class BundleError(RouteLLMError):
+    """A saved router is incomplete, damaged, or not of the expected kind."""
+
+
+class RegistryError(RouteLLMError):
+    """MLflow did not answer, or does not know the version or alias."""
+
+
+class GatewayError(RouteLLMError):
+    """A request the gateway refuses or cannot serve.
+
+    Parameters
+    ----------
+    message : str
+        What went wrong, for the person who sent the request.
+    status : int
+        HTTP status to answer with.
+    code : str
+        OpenAI-style error code.
+    """
+
+    def __init__(self, message: str, *, status: int = 400, code: str = "invalid_request") -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code

@@ -1,0 +1,213 @@
+"""One typed settings object for the whole system.
+
+Order of precedence, weakest first: the defaults below, ``routellm.toml`` in the working
+directory, ``ROUTELLM_*`` environment variables (nested with ``__``, as in
+``ROUTELLM_GATEWAY__PORT=8000``), command-line flags. Every default works with no server and
+no network.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+PAPER_STRONG = "gpt-4-1106-preview"
+PAPER_WEAK = "mixtral-8x7b-instruct-v0.1"
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EmbeddingSettings(_Group):
+    """How prompts become vectors."""
+
+    provider: Literal["sentence-transformers", "openai"] = Field(
+        "sentence-transformers", description="which encoder implementation to use"
+    )
+    model: str = Field(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        description="hub name or local folder, or the endpoint's model name",
+    )
+    revision: str = Field(
+        "c9745ed1d9f207416be6d2e6f8de32d1f16199bf", description="pinned hub revision"
+    )
+    batch_size: int = Field(32, ge=1, le=4096, description="prompts encoded at once")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    base_url: str | None = Field(None, description="OpenAI-compatible endpoint (provider openai)")
+    api_key: SecretStr | None = Field(None, description="its key, if it needs one")
+    dimensions: int | None = Field(None, ge=1, description="vector length asked of the endpoint")
+    timeout_s: float = Field(30.0, gt=0, description="seconds to wait for the endpoint")
+
+
+class IngestSettings(_Group):
+    """How sources are read."""
+
+    batch_rows: int = Field(20_000, ge=1, description="rows read and written at once")
+    max_cell_chars: int = Field(
+        200_000, ge=1, description="longest text cell read from a file before it is refused"
+    )
+    hub_endpoint: str | None = Field(None, description="another Hugging Face endpoint")
+
+
+class ValidationSettings(_Group):
+    """Ranges that good preference data stays in. Shares are fractions in [0, 1]."""
+
+    max_prompt_chars: int = Field(100_000, ge=1, description="longest prompt kept")
+    max_quarantine_share: float = Field(
+        0.2, ge=0, le=1, description="more failing rows than this stops the flow"
+    )
+    min_battles: int = Field(100, ge=1, description="fewest battles worth training on")
+    tie_share: tuple[float, float] = Field((0.0, 0.75), description="ties among all battles")
+    min_battles_per_model: int = Field(10, ge=1, description="fewest battles for a model")
+    max_other_language_share: float = Field(
+        0.9, ge=0, le=1, description="battles in any language but the commonest"
+    )
+    max_label_kind_share: float = Field(
+        1.0, ge=0, le=1, description="battles with labels of one kind"
+    )
+    max_age_days: float = Field(1500.0, gt=0, description="age of the newest dated battle")
+    max_population_stability: float = Field(
+        0.25, gt=0, description="drift against the previous snapshot (PSI; 0.25 is a major shift)"
+    )
+
+
+class TrainingSettings(_Group):
+    """How routers are trained."""
+
+    routers: tuple[str, ...] = Field(
+        ("random", "sw_ranking", "mf", "knn"), description="router kinds to train"
+    )
+    augment: tuple[Literal["golden", "judge", "human", "feedback"], ...] = Field(
+        ("human", "golden", "judge", "feedback"), description="label kinds to train on"
+    )
+    validation_share: float = Field(
+        0.1, gt=0, lt=0.5, description="prompts kept to choose epochs and neighbours"
+    )
+    heldout_share: float = Field(0.05, ge=0, lt=0.5, description="prompts kept to measure on")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+
+
+class EvaluationSettings(_Group):
+    """How routers are measured."""
+
+    benchmarks: str | None = Field(
+        None,
+        description="folder of benchmark tables, or `routellm` to fetch the paper's own; "
+        "by default the data folder, if it has any",
+    )
+    primary: str = Field(
+        "auto", description="benchmark that promotion looks at; auto takes the widest one"
+    )
+    bootstrap: int = Field(1000, ge=100, le=100_000, description="bootstrap resamples")
+    contamination_similarity: float = Field(
+        0.95, gt=0, le=1, description="cosine similarity at which a prompt counts as seen"
+    )
+
+
+class Upstream(_Group):
+    """One OpenAI-compatible endpoint that answers queries."""
+
+    base_url: str = Field(description="up to and including /v1")
+    model: str = Field(description="model name sent to it")
+    api_key: SecretStr | None = Field(None, description="sent as a bearer token; never logged")
+
+
+class GatewaySettings(_Group):
+    """The OpenAI-compatible gateway."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(6060, ge=1, le=65535, description="port to listen on")
+    strong: Upstream | None = Field(None, description="the strong model's endpoint")
+    weak: Upstream | None = Field(None, description="the weak model's endpoint")
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="win rate from which a query goes to strong"
+    )
+    strong_fraction: float = Field(
+        0.5, ge=0, le=1, description="share of queries for strong, when no threshold is set"
+    )
+    fallback: Literal["strong", "weak"] = Field(
+        "strong", description="route when there is no router to ask"
+    )
+    alias: str = Field("champion", description="alias to serve")
+    poll_s: float = Field(2.0, gt=0, description="seconds between looks at the alias")
+    timeout_s: float = Field(600.0, gt=0, description="seconds to wait for an upstream")
+    max_body_bytes: int = Field(10_000_000, ge=1, description="largest request body accepted")
+
+
+class Settings(BaseSettings):
+    """Everything that can be set, with its default and meaning."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="ROUTELLM_",
+        env_nested_delimiter="__",
+        toml_file="routellm.toml",
+        extra="forbid",
+        frozen=True,
+    )
+
+    home: Path = Field(Path(".routellm"), description="folder for everything this software writes")
+    tracking_uri: str | None = Field(
+        None, description="MLflow tracking server; by default SQLite in the home folder"
+    )
+    experiment: str = Field("routellm", description="MLflow experiment")
+    model: str = Field("router", description="registered model's name in MLflow")
+    strong: str | None = Field(
+        None, description="strong model; by default the paper's, or the simulated arena's own"
+    )
+    weak: str | None = Field(
+        None, description="weak model; by default the paper's, or the simulated arena's own"
+    )
+    sources: tuple[str, ...] = Field(
+        ("simulated://arena",), description="where battles come from: files, folders, hub names"
+    )
+    embedding: EmbeddingSettings = EmbeddingSettings()
+    ingest: IngestSettings = IngestSettings()
+    validation: ValidationSettings = ValidationSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    gateway: GatewaySettings = GatewaySettings()
+
+    @model_validator(mode="after")
+    def _pair_is_whole(self) -> Settings:
+        if (self.strong is None) != (self.weak is None):
+            raise ValueError("set both `strong` and `weak`, or neither")
+        if self.strong is not None and self.strong == self.weak:
+            raise ValueError(f"`strong` and `weak` are the same model ({self.strong})")
+        return self
+
+    @property
+    def resolved_tracking_uri(self) -> str:
+        """The MLflow tracking URI in force."""
+        return self.tracking_uri or f"sqlite:///{(self.home / 'mlflow.db').resolve()}"
+
+    @property
+    def snapshots_dir(self) -> Path:
+        return self.home / "snapshots"
+
+    @property
+    def quarantine_dir(self) -> Path:
+        return self.home / "quarantine"
+
+    @property
+    def embeddings_path(self) -> Path:
+        return self.home / "embeddings.db"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
