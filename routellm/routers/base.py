@@ -16,9 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from routellm.embeddings.base import Encoder, Progress
-from routellm.errors import UsageError
+from routellm.errors import TrainingError, UsageError
+from routellm.ratings import assign_tiers, fit_bradley_terry, win_table
 
 Arrays = dict[str, NDArray[Any]]
+
+N_TIERS = 10  # paper, section 4.1
+MIN_PAIR_BATTLES = 200  # fewer than this and the pair's tiers stand in for it
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ class TrainingBattles:
     preference_a : ndarray float64 (n,)
         P(model_a preferred): 1 win, 0.5 tie, 0 loss, or a judge's probability.
     weight : ndarray float64 (n,)
-        How much each battle counts; 1 unless its label kind is weighted.
+        How much each battle counts.
+    label_kind : ndarray of str (n,)
+        Where each preference comes from.
     validation : ndarray bool (n,)
         Battles whose prompts are kept to choose epochs, neighbours and the like.
     pair : Pair
@@ -62,11 +68,58 @@ class TrainingBattles:
     model_b: NDArray[np.int64]
     preference_a: NDArray[np.float64]
     weight: NDArray[np.float64]
+    label_kind: NDArray[np.str_]
     validation: NDArray[np.bool_]
     pair: Pair
 
     def __len__(self) -> int:
         return len(self.prompt)
+
+    def between(
+        self, strong: NDArray[np.bool_], weak: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return rows of the battles between two sets of models, and P(the first preferred).
+
+        `strong` and `weak` are masks over `models`.
+        """
+        forth = strong[self.model_a] & weak[self.model_b]
+        back = weak[self.model_a] & strong[self.model_b]
+        rows = np.flatnonzero(forth | back)
+        preference = np.where(forth, self.preference_a, 1.0 - self.preference_a)[rows]
+        return rows, preference
+
+    def of_pair(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return rows of the pair's own battles, and P(strong preferred) of each.
+
+        Where the pair met fewer than `MIN_PAIR_BATTLES` times, battles between models of
+        strong's tier and of weak's stand in, as the paper does for its sparse arena data
+        (section 4.1).
+
+        Raises
+        ------
+        TrainingError
+            If not even the tiers have met.
+        """
+        names = np.array(self.models)
+        rows, preference = self.between(names == self.pair.strong, names == self.pair.weak)
+        if len(rows) < MIN_PAIR_BATTLES:
+            tier = self.tiers()
+            strong, weak = (tier[self.models.index(m)] for m in (self.pair.strong, self.pair.weak))
+            rows, preference = self.between(tier == strong, tier == weak)
+        if not len(rows):
+            raise TrainingError(
+                f"no battle between {self.pair.strong} and {self.pair.weak}, nor between models "
+                "of their tiers: ingest battles of this pair, or name another pair"
+            )
+        return rows, preference
+
+    def tiers(self) -> NDArray[np.int64]:
+        """Return each model's tier (m,), 0 the best, the pair's two models kept apart."""
+        table = win_table(
+            self.model_a, self.model_b, self.preference_a, self.weight, len(self.models)
+        )
+        pair = (self.models.index(self.pair.strong), self.models.index(self.pair.weak))
+        return assign_tiers(fit_bradley_terry(table), N_TIERS, apart=pair)
 
 
 class Router(ABC):

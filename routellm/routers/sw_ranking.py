@@ -1,0 +1,127 @@
+"""``sw_ranking``: Bradley–Terry over tiers of models, refitted for each query to similar battles.
+
+The paper's section 4.2. A battle on prompt q' weighs ``gamma ** (1 + S(q, q'))`` for a query q,
+where S is the cosine similarity divided by q's largest similarity to any training prompt (as
+RouteLLM's code has it; the paper divides by q''s).
+
+The likelihood depends on the weighted battles only through their sums by ordered pair of tiers,
+so there is no need to refit a logistic regression over all battles for each query: one sparse
+product gives the sums for a batch of queries, and one batched Newton solve the ten coefficients
+of each. The result is the refit's own, to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from routellm.embeddings.base import Encoder, Progress
+from routellm.ratings import RIDGE, fit_bradley_terry, sigmoid
+from routellm.routers.base import Arrays, FitReport, Pair, Router, TrainingBattles
+
+GAMMA = 10.0  # paper, section 4.2
+_BLOCK_BYTES = 64 * 2**20  # of similarities held at once
+
+
+class SWRankingRouter(Router):
+    """Similarity-weighted ranking. Nothing is trained; each query is solved for.
+
+    Attributes
+    ----------
+    embeddings_ : ndarray float32 (u, d)
+        Unit vectors of the training prompts.
+    wins_ : csr_matrix float64 (u, t * t)
+        Weighted wins of tier i over tier j among a prompt's battles, at column ``i * t + j``.
+    tiers_ : dict
+        Tier of each model, 0 the best.
+    """
+
+    kind = "sw_ranking"
+
+    def __init__(self, encoder: Encoder, pair: Pair, *, gamma: float = GAMMA) -> None:
+        super().__init__(encoder, pair)
+        self.gamma = gamma
+
+    def fit(
+        self,
+        battles: TrainingBattles,
+        *,
+        rng: np.random.Generator,
+        progress: Progress | None = None,
+    ) -> FitReport:
+        tier = battles.tiers()
+        self.tiers_ = {name: int(t) for name, t in zip(battles.models, tier, strict=True)}
+        self.n_tiers_ = int(tier.max()) + 1
+        t = self.n_tiers_
+        a, b = tier[battles.model_a], tier[battles.model_b]
+        row = np.concatenate([battles.prompt, battles.prompt])
+        column = np.concatenate([a * t + b, b * t + a])
+        won = np.concatenate(
+            [battles.weight * battles.preference_a, battles.weight * (1 - battles.preference_a)]
+        )
+        # battles within a tier cancel out of every difference of coefficients
+        apart = np.concatenate([a != b, a != b]) & (won > 0)
+        self.wins_ = sparse.coo_matrix(
+            (won[apart], (row[apart], column[apart])), shape=(len(battles.prompts), t * t)
+        ).tocsr()
+        self.embeddings_ = battles.embeddings
+        return FitReport(
+            params={"gamma": self.gamma, "tiers": t, "ridge": RIDGE},
+            metrics={
+                "strong_tier": float(self.tiers_[self.pair.strong]),
+                "weak_tier": float(self.tiers_[self.pair.weak]),
+            },
+            history={},
+        )
+
+    def score(self, prompts: Sequence[str], embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
+        beta = self.coefficients(embeddings)
+        gap = beta[:, self.tiers_[self.pair.strong]] - beta[:, self.tiers_[self.pair.weak]]
+        return sigmoid(gap)
+
+    def coefficients(self, embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the tiers' Bradley–Terry coefficients (n, t) for each query (n, d)."""
+        n, t = len(embeddings), self.n_tiers_
+        beta = np.empty((n, t))
+        step = max(1, _BLOCK_BYTES // (8 * max(1, len(self.embeddings_))))
+        transposed = self.wins_.T.tocsr()  # (t * t, u)
+        for start in range(0, n, step):
+            block = slice(start, min(start + step, n))
+            similarity = (embeddings[block] @ self.embeddings_.T).astype(np.float64)  # (b, u)
+            largest = np.maximum(similarity.max(axis=1, keepdims=True), 1e-9)
+            omega = self.gamma ** (1.0 + similarity / largest)
+            # scaled to the number of prompts, so that the prior weighs the same for every query
+            omega *= omega.shape[1] / omega.sum(axis=1, keepdims=True)
+            wins = (transposed @ omega.T).T  # (b, t * t)
+            beta[block] = fit_bradley_terry(wins.reshape(-1, t, t))
+        return beta
+
+    def state(self) -> tuple[Arrays, dict[str, Any]]:
+        arrays: Arrays = {
+            "embeddings": self.embeddings_,
+            "wins_data": self.wins_.data,
+            "wins_indices": self.wins_.indices.astype(np.int64),
+            "wins_indptr": self.wins_.indptr.astype(np.int64),
+        }
+        return arrays, {"gamma": self.gamma, "n_tiers": self.n_tiers_, "tiers": self.tiers_}
+
+    @classmethod
+    def from_state(
+        cls, encoder: Encoder, pair: Pair, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]
+    ) -> SWRankingRouter:
+        router = cls(encoder, pair, gamma=float(doc["gamma"]))
+        router.embeddings_ = arrays["embeddings"]
+        router.n_tiers_ = int(doc["n_tiers"])
+        router.tiers_ = {str(k): int(v) for k, v in doc["tiers"].items()}
+        router.wins_ = sparse.csr_matrix(
+            (arrays["wins_data"], arrays["wins_indices"], arrays["wins_indptr"]),
+            shape=(len(router.embeddings_), router.n_tiers_**2),
+        )
+        return router
+
+
+ROUTER = SWRankingRouter
