@@ -54,9 +54,7 @@ class CachedEncoder:
         self, prompts: Sequence[str], *, progress: Progress | None = None
     ) -> NDArray[np.float32]:
         salt = hashlib.sha256(self.identity.encode()).digest()
-        keys = [
-            hashlib.sha256(salt + p.encode("utf-8", "surrogatepass")).digest() for p in prompts
-        ]
+        keys = [hashlib.sha256(salt + p.encode("utf-8", "surrogatepass")).digest() for p in prompts]
         if len(keys) == 1 and (known := self._recall(keys[0])) is not None:
             return known[None]
         first = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True))

@@ -96,9 +96,7 @@ class SentenceTransformerEncoder:
         device = None if self._settings.device == "auto" else self._settings.device
         try:
             if self._folder:
-                return SentenceTransformer(
-                    str(self._folder), device=device, local_files_only=True
-                )
+                return SentenceTransformer(str(self._folder), device=device, local_files_only=True)
             return SentenceTransformer(
                 self._settings.model, revision=self._settings.revision, device=device
             )

@@ -151,9 +151,7 @@ class Router(ABC):
         """Learn from battles; deterministic for the same battles and generator."""
 
     @abstractmethod
-    def score(
-        self, prompts: Sequence[str], embeddings: NDArray[np.float32]
-    ) -> NDArray[np.float64]:
+    def score(self, prompts: Sequence[str], embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return win rates (n,) for prompts whose embeddings (n, d) are at hand."""
 
     @abstractmethod

@@ -53,9 +53,7 @@ class KNearestRouter(Router):
         self.level_ = float(np.average(preference, weights=weight))
         above = preference.copy()
         for one in np.unique(kind):
-            above[kind == one] -= np.average(
-                preference[kind == one], weights=weight[kind == one]
-            )
+            above[kind == one] -= np.average(preference[kind == one], weights=weight[kind == one])
         prompts, where = np.unique(battles.prompt[rows], return_inverse=True)
         self.embeddings_ = battles.embeddings[prompts]
         self.residual_ = np.bincount(where, weight * above, len(prompts))
