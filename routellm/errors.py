@@ -4,7 +4,7 @@
 
     RouteLLMError                   exit status 1
     ├── UsageError                  exit status 2: the caller asked for something that cannot be
-    ├── SourceError                 a source of battles cannot be read (missing, truncated, wrong shape)
+    ├── SourceError                 a source cannot be read (missing, truncated, wrong shape)
     ├── SnapshotError               a snapshot is missing, damaged or cannot be written
     ├── ValidationError             a critical expectation failed; nothing was trained
     ├── EmbeddingError              an encoder is missing, damaged or did not answer

@@ -135,7 +135,7 @@ class Router(ABC):
         self.pair = pair
 
     def win_rate(self, prompts: Sequence[str]) -> NDArray[np.float64]:
-        """Return P(strong preferred to weak | prompt), a tie counting half: float64 (n,) in [0, 1]."""
+        """Return P(strong preferred | prompt), a tie counting half: float64 (n,) in [0, 1]."""
         if not prompts:
             return np.empty(0, dtype=np.float64)
         return self.score(prompts, self.encoder.encode(prompts))

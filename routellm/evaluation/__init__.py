@@ -1,0 +1,1 @@
+"""How good a router is: benchmarks, contamination, metrics with intervals, plots."""
