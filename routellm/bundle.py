@@ -1,0 +1,195 @@
+"""A router as files: weights in safetensors, all else in JSON, each file's digest beside it.
+
+A bundle is what is registered, downloaded, cached and served: the router, what its thresholds
+mean (calibration), and golden predictions that a fresh copy must reproduce before it serves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from routellm.calibration import Calibration
+from routellm.embeddings import Encoder, get_encoder
+from routellm.errors import BundleError, UsageError
+from routellm.routers.base import Pair, Router, router_class
+from routellm.settings import EmbeddingSettings
+from routellm.snapshots import file_sha256, write_atomic
+
+_FILES = ("weights.safetensors", "router.json")
+_GOLDEN_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A trained router with all that serving it needs.
+
+    Attributes
+    ----------
+    router : Router
+    embedding : EmbeddingSettings
+        How to build the encoder it was trained with (secrets are never stored).
+    calibration : Calibration
+    golden : tuple of (prompt, win rate)
+        Predictions that every loaded copy must reproduce.
+    snapshot : str
+        Digest of the snapshot it was trained on.
+    simulated : bool
+        Whether any of its battles were simulated.
+    """
+
+    router: Router
+    embedding: EmbeddingSettings
+    calibration: Calibration
+    golden: tuple[tuple[str, float], ...]
+    snapshot: str
+    simulated: bool
+    code_version: str
+
+    @property
+    def kind(self) -> str:
+        return self.router.kind
+
+    @property
+    def pair(self) -> Pair:
+        return self.router.pair
+
+    def check_golden(self) -> None:
+        """Raise BundleError unless the golden predictions come out as they were logged."""
+        if not self.golden:
+            return
+        now = self.router.win_rate([prompt for prompt, _ in self.golden])
+        worst = float(np.abs(now - np.array([rate for _, rate in self.golden])).max())
+        if not worst <= _GOLDEN_TOLERANCE:
+            raise BundleError(
+                f"the {self.kind} router gives other win rates than when it was registered (off "
+                f"by {worst:.4f} on its golden prompts): its files or its encoder "
+                f"({self.router.encoder.identity}) have changed; register it again"
+            )
+
+    def thresholds(
+        self, threshold: float | None = None, strong_fraction: float | None = None
+    ) -> float:
+        """Return the threshold that a target asks for; half to strong if none is given."""
+        if threshold is not None and strong_fraction is not None:
+            raise UsageError("give a threshold or a strong fraction, not both")
+        if threshold is not None:
+            self.calibration.strong_fraction(threshold)  # refuses what is outside [0, 1]
+            return threshold
+        return self.calibration.threshold(0.5 if strong_fraction is None else strong_fraction)
+
+
+def golden_predictions(
+    router: Router, prompts: Sequence[str], n: int = 16
+) -> tuple[tuple[str, float], ...]:
+    """Return predictions on `n` prompts spread over a sample."""
+    rows = np.unique(np.linspace(0, len(prompts) - 1, min(n, len(prompts))).astype(int))
+    some = [prompts[i] for i in rows]
+    return tuple(zip(some, (float(v) for v in router.win_rate(some)), strict=True))
+
+
+def save_bundle(bundle: Bundle, directory: Path) -> None:
+    """Write a bundle so that `directory` holds all of it or does not exist.
+
+    An existing bundle there is replaced.
+    """
+    from safetensors.numpy import save_file
+
+    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        arrays, doc = bundle.router.state()
+        save_file(
+            {k: np.ascontiguousarray(v) for k, v in arrays.items()},
+            temporary / "weights.safetensors",
+        )
+        document: dict[str, Any] = {
+            "kind": bundle.kind,
+            "pair": asdict(bundle.pair),
+            "state": doc,
+            "encoder": bundle.router.encoder.identity,
+            "embedding": bundle.embedding.model_dump(exclude={"api_key"}),
+            "calibration": asdict(bundle.calibration),
+            "golden": bundle.golden,
+            "snapshot": bundle.snapshot,
+            "simulated": bundle.simulated,
+            "code_version": bundle.code_version,
+        }
+        write_atomic(temporary / "router.json", json.dumps(document, indent=1, sort_keys=True))
+        sums = {name: file_sha256(temporary / name) for name in _FILES}
+        write_atomic(temporary / "digests.json", json.dumps(sums, indent=1))
+        if directory.exists():
+            old = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.old")
+            directory.rename(old)
+            temporary.rename(directory)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_bundle(directory: Path, *, cache_path: Path | None = None) -> Bundle:
+    """Read a bundle, checking every file against its digest.
+
+    Raises
+    ------
+    BundleError
+        If a file is missing, damaged, or was made with another encoder than is at hand.
+    """
+    from safetensors.numpy import load_file
+
+    try:
+        sums = json.loads((directory / "digests.json").read_text())
+        for name in _FILES:
+            if file_sha256(directory / name) != sums[name]:
+                raise BundleError(
+                    f"{directory / name} is not what was saved (SHA-256 differs): the copy is "
+                    "damaged; load another version or register the router again"
+                )
+        doc = json.loads((directory / "router.json").read_text())
+        arrays: dict[str, NDArray[Any]] = load_file(directory / "weights.safetensors")
+        embedding = EmbeddingSettings(**doc["embedding"])
+        encoder: Encoder = get_encoder(embedding, cache_path)
+        if doc["kind"] != "random" and encoder.identity != doc["encoder"]:
+            raise BundleError(
+                f"the router in {directory} was trained on {doc['encoder']}, found "
+                f"{encoder.identity}: install the encoder it names"
+            )
+        router = router_class(doc["kind"]).from_state(
+            encoder, Pair(**doc["pair"]), arrays, doc["state"]
+        )
+        calibration = doc["calibration"]
+        return Bundle(
+            router=router,
+            embedding=embedding,
+            calibration=Calibration(
+                calibration["sample"], calibration["n"], tuple(calibration["quantiles"])
+            ),
+            golden=tuple((p, r) for p, r in doc["golden"]),
+            snapshot=doc["snapshot"],
+            simulated=doc["simulated"],
+            code_version=doc["code_version"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"no whole router in {directory} ({type(error).__name__}: {error}): load another "
+            "version or register the router again"
+        ) from error
+
+
+def content_key(*parts: str) -> str:
+    """Return a short SHA-256 key over text parts: what a piece of work is known by."""
+    out = hashlib.sha256()
+    for part in parts:
+        out.update(hashlib.sha256(part.encode()).digest())
+    return out.hexdigest()[:24]
