@@ -1,0 +1,57 @@
+"""The model card: a registered version's description, generated from what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from routellm.bundle import Bundle
+from routellm.evaluation.evaluate import Evaluation
+from routellm.snapshots import Manifest
+
+
+def model_card(
+    bundle: Bundle, evaluations: Mapping[str, Evaluation], manifest: Manifest, model: str
+) -> str:
+    """Return the card as Markdown: what it is, its figures, its thresholds, how to use it."""
+    pair = bundle.pair
+    lines = [
+        f"**{bundle.kind}** router between `{pair.strong}` and `{pair.weak}`"
+        + (" — trained on **SIMULATED** battles" if bundle.simulated else ""),
+        "",
+        f"Trained on snapshot `{manifest.digest[:12]}`: {manifest.rows:,} battles "
+        f"({', '.join(f'{n:,} {k}' for k, n in manifest.by_label_kind.items())}). "
+        f"Encoder `{bundle.router.encoder.identity}`.",
+        "",
+        "| benchmark | prompts (taken out) | APGR [95 %] | CPT(50) | CPT(80) | AUC | similarity |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, one in evaluations.items():
+        label = f"{name} (SIMULATED)" if one.simulated else name
+        similarity = "" if one.similarity is None else f"{one.similarity:.3f}"
+        lines.append(
+            f"| {label} | {one.n} ({one.excluded}) | {one.exact.apgr} | "
+            f"{one.exact.cpt50.value:.1%} | {one.exact.cpt80.value:.1%} | {one.auc.value:.3f} | "
+            f"{similarity} |"
+        )
+    lines += [
+        "",
+        "The random router has APGR 0.5. Limits: two models only; thresholds hold for queries "
+        f"like the sample they were set on ({bundle.calibration.sample}, "
+        f"{bundle.calibration.n} queries).",
+        "",
+        "| strong fraction | threshold |",
+        "| --- | --- |",
+    ]
+    lines += [
+        f"| {share:.0%} | {bundle.calibration.threshold(share):.4f} |"
+        for share in (0.1, 0.2, 0.3, 0.5, 0.8)
+    ]
+    lines += [
+        "",
+        "```python",
+        f'model = mlflow.pyfunc.load_model("models:/{model}@champion")',
+        'model.predict(pd.DataFrame({"prompt": ["Why is the sky blue?"]}),',
+        '              params={"strong_fraction": 0.3})',
+        "```",
+    ]
+    return "\n".join(lines)

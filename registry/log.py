@@ -1,0 +1,147 @@
+"""Log a trained router as a run, and register it as a version."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from registry.card import model_card
+from registry.client import Registry, VersionInfo, _said
+from routellm import __version__
+from routellm.bundle import Bundle, save_bundle
+from routellm.evaluation.evaluate import Evaluation
+from routellm.routers.base import FitReport
+from routellm.snapshots import Manifest
+
+MODEL_CODE = Path(__file__).with_name("model_code.py")
+
+
+@contextlib.contextmanager
+def retraining_run(registry: Registry, manifest: Manifest, name: str) -> Iterator[str]:
+    """Open the parent run of one retraining; yields its id."""
+    import mlflow
+
+    with _said(registry.settings), mlflow.start_run(run_name=name) as run:
+        mlflow.set_tags({"snapshot": manifest.digest, "simulated": str(manifest.simulated).lower()})
+        mlflow.log_dict({"validation": manifest.validation["rules"]}, "validation.json")
+        yield run.info.run_id
+
+
+def log_version(
+    registry: Registry,
+    bundle: Bundle,
+    report: FitReport,
+    evaluations: Mapping[str, Evaluation],
+    manifest: Manifest,
+    *,
+    training_key: str,
+    speed: Mapping[str, float],
+    parent_run_id: str,
+) -> VersionInfo:
+    """Log a router in a child run, then register it: the version is the last thing made.
+
+    Raises
+    ------
+    RegistryError
+        If MLflow fails in between; there is then a run, and no version.
+    """
+    import mlflow
+    import pandas as pd
+    from mlflow.models import infer_signature
+
+    with _said(registry.settings), tempfile.TemporaryDirectory() as folder:
+        save_bundle(bundle, Path(folder) / "bundle")
+        with mlflow.start_run(
+            run_name=bundle.kind, nested=True, parent_run_id=parent_run_id
+        ) as run:
+            mlflow.set_tags({"kind": bundle.kind, "simulated": str(bundle.simulated).lower()})
+            mlflow.log_params(
+                {
+                    "kind": bundle.kind,
+                    "strong": bundle.pair.strong,
+                    "weak": bundle.pair.weak,
+                    "encoder": bundle.router.encoder.identity,
+                    "snapshot": manifest.digest[:12],
+                    **report.params,
+                }
+            )
+            mlflow.log_input(_dataset(manifest), context="training")
+            mlflow.log_metrics({**flat_metrics(evaluations), **report.metrics, **speed})
+            for name, values in report.history.items():
+                for step, value in enumerate(values, 1):
+                    mlflow.log_metric(name, value, step=step)
+            for name, one in evaluations.items():
+                for percent in range(0, 101, 2):
+                    mlflow.log_metric(f"{name}.pgr", one.pgr_by_percent[percent], step=percent)
+            mlflow.log_dict(
+                {name: one.to_dict() for name, one in evaluations.items()}, "evaluations.json"
+            )
+            example = pd.DataFrame({"prompt": [p for p, _ in bundle.golden[:2]]})
+            answer = pd.DataFrame({"win_rate": [0.5], "route": ["strong"]})
+            logged = mlflow.pyfunc.log_model(
+                name="router",
+                python_model=str(MODEL_CODE),
+                artifacts={"bundle": str(Path(folder) / "bundle")},
+                signature=infer_signature(
+                    example, answer, params={"strong_fraction": 0.5, "threshold": -1.0}
+                ),
+                pip_requirements=[f"routellm-mlops=={__version__}"],
+            )
+        version = registry.client.create_model_version(
+            registry.model,
+            source=logged.model_uri,
+            run_id=run.info.run_id,
+            description=model_card(bundle, evaluations, manifest, registry.model),
+            tags={
+                "kind": bundle.kind,
+                "training_key": training_key,
+                "snapshot": manifest.digest,
+                "simulated": str(bundle.simulated).lower(),
+                "strong": bundle.pair.strong,
+                "weak": bundle.pair.weak,
+            },
+        )
+    return registry.get(str(version.version))
+
+
+def flat_metrics(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Return evaluations as flat metric names, the same on every run."""
+    out: dict[str, float] = {}
+    for name, one in evaluations.items():
+        figures: dict[str, Any] = {
+            "apgr": one.exact.apgr.value,
+            "apgr_low": one.exact.apgr.low,
+            "apgr_high": one.exact.apgr.high,
+            "cpt20": one.exact.cpt20.value,
+            "cpt50": one.exact.cpt50.value,
+            "cpt80": one.exact.cpt80.value,
+            "paper_apgr": one.paper.apgr.value,
+            "paper_cpt50": one.paper.cpt50.value,
+            "paper_cpt80": one.paper.cpt80.value,
+            "auc": one.auc.value,
+            "n": one.n,
+            "excluded": one.excluded,
+            "perfect_apgr": one.perfect_apgr,
+            "random_apgr": 0.5,
+            "similarity": one.similarity,
+        }
+        out |= {f"{name}.{k}": float(v) for k, v in figures.items() if v is not None}
+    return out
+
+
+def _dataset(manifest: Manifest) -> Any:
+    """Return the snapshot as an MLflow dataset: its counts, and its digest as identity."""
+    import pandas as pd
+    from mlflow.data.pandas_dataset import from_pandas
+
+    counts = pd.DataFrame(
+        [
+            {"by": by, "name": name, "battles": n}
+            for by in ("label_kind", "source", "winner")
+            for name, n in getattr(manifest, f"by_{by}").items()
+        ]
+    )
+    return from_pandas(counts, name=f"snapshot-{manifest.digest[:12]}", digest=manifest.digest[:36])
