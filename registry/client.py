@@ -168,17 +168,15 @@ class Registry:
                 f"version {version.version} was not promoted: {why}; to promote it all the same, "
                 "give --force --reason"
             )
-        why = (
-            f"forced: {force_reason}"
-            if force_reason is not None
-            else str(decision and decision.reason)
-        )
+        why = f"forced: {force_reason}"
+        if force_reason is None and decision is not None:
+            why = decision.reason
         with self._lock():
             now = self._aliases().get(CHAMPION)
             if force_reason is None and str(now or "") != str(expected or ""):
                 raise RegistryError(
-                    f"the champion moved from {expected or 'none'} to {now or 'none'} while version "
-                    f"{version.version} was being judged: promote it again"
+                    f"the champion moved from {expected or 'none'} to {now or 'none'} while "
+                    f"version {version.version} was being judged: promote it again"
                 )
             if str(now) == version.version:
                 raise UsageError(f"version {version.version} is the champion already")

@@ -189,9 +189,9 @@ class Settings(BaseSettings):
         """The MLflow tracking URI in force."""
         return self.tracking_uri or f"sqlite:///{(self.home / 'mlflow.db').resolve()}"
 
-    @property
-    def snapshots_dir(self) -> Path:
-        return self.home / "snapshots"
+    def snapshots_dir(self, *, simulated: bool = False) -> Path:
+        """Where snapshots live; simulated battles never share a snapshot with real ones."""
+        return self.home / ("snapshots-simulated" if simulated else "snapshots")
 
     @property
     def quarantine_dir(self) -> Path:

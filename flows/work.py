@@ -1,0 +1,325 @@
+"""What the tasks do, as plain functions over library and registry."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from registry import Decision, Gate, GateInput, Registry, VersionInfo
+from registry.log import log_version
+from routellm import __version__, training
+from routellm.bundle import Bundle, content_key, golden_predictions
+from routellm.calibration import Calibration
+from routellm.embeddings import Encoder, Progress
+from routellm.errors import BenchmarkError, UsageError
+from routellm.evaluation.benchmarks import Benchmark, load_benchmarks
+from routellm.evaluation.contamination import largest_similarity
+from routellm.evaluation.evaluate import Evaluation, evaluate
+from routellm.evaluation.plots import plot_curves
+from routellm.routers.base import Pair, Router
+from routellm.settings import PAPER_STRONG, PAPER_WEAK, Settings
+from routellm.snapshots import Manifest, SnapshotStore
+
+SPEED_QUERIES = 64
+
+
+@dataclass
+class Plan:
+    """One retraining's inputs, and the battles once they are embedded.
+
+    Attributes
+    ----------
+    benchmarks : tuple of Benchmark
+        As published; `clean` holds them less what the training prompts may have shown.
+    primary : str
+        The benchmark that promotion looks at.
+    """
+
+    manifest: Manifest
+    store: SnapshotStore
+    encoder: Encoder
+    pair: Pair
+    benchmarks: tuple[Benchmark, ...]
+    primary: str
+    prepared: training.Prepared | None = None
+    clean: dict[str, Clean] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Clean:
+    """A benchmark less its contaminated prompts, with the rest's embeddings."""
+
+    benchmark: Benchmark
+    embeddings: np.ndarray[Any, Any]
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A registered router and how it did."""
+
+    kind: str
+    version: VersionInfo
+    evaluations: Mapping[str, Evaluation]
+    queries_per_s: float
+    latency_ms: float
+
+
+def plan_of(
+    manifest: Manifest,
+    store: SnapshotStore,
+    encoder: Encoder,
+    sources: Sequence[str],
+    settings: Settings,
+) -> Plan:
+    """Settle the pair and the benchmarks of a retraining."""
+    if settings.strong is not None and settings.weak is not None:
+        pair = Pair(settings.strong, settings.weak)
+    elif manifest.simulated:
+        from routellm.sources.simulated import SIM_STRONG, SIM_WEAK
+
+        pair = Pair(SIM_STRONG, SIM_WEAK)
+    else:
+        pair = Pair(PAPER_STRONG, PAPER_WEAK)
+    benchmarks = tuple(_benchmarks(manifest, sources, settings))
+    for one in benchmarks:
+        one.of_pair(pair)  # refuses a benchmark without the pair before any work is done
+    primary = settings.evaluation.primary
+    if primary == "auto":
+        primary = max(benchmarks, key=len).name if benchmarks else "heldout"
+    elif primary != "heldout" and primary not in {b.name for b in benchmarks}:
+        have = ", ".join(b.name for b in benchmarks) or "heldout"
+        raise UsageError(f"no benchmark {primary!r} (`evaluation.primary`): there are {have}")
+    return Plan(manifest, store, encoder, pair, benchmarks, primary)
+
+
+def _benchmarks(manifest: Manifest, sources: Sequence[str], settings: Settings) -> list[Benchmark]:
+    if settings.evaluation.benchmarks:
+        found = load_benchmarks(Path(settings.evaluation.benchmarks))
+        if not found:
+            raise BenchmarkError(
+                f"no benchmark tables in {settings.evaluation.benchmarks}: expected "
+                "mmlu.parquet, gsm8k.parquet, mt_bench_questions.parquet or NAME.benchmark.parquet"
+            )
+        return found
+    if manifest.simulated:
+        from routellm.sources.simulated import simulated_benchmark
+
+        return [simulated_benchmark()]
+    folders = [Path(s) for s in sources if Path(s).is_dir()]
+    return [b for folder in folders for b in load_benchmarks(folder)]
+
+
+def training_key(kind: str, plan: Plan, settings: Settings) -> str:
+    """Return what a trained and measured router is known by: all that went into it."""
+    return content_key(
+        kind,
+        plan.manifest.digest,
+        settings.training.model_dump_json(exclude={"routers"}),
+        settings.evaluation.model_dump_json(exclude={"benchmarks", "primary"}),
+        plan.encoder.identity,
+        json.dumps([plan.pair.strong, plan.pair.weak]),
+        json.dumps([b.digest for b in plan.benchmarks]),
+        __version__,
+    )
+
+
+def find_done(plan: Plan, registry: Registry, settings: Settings) -> dict[str, VersionInfo]:
+    """Return the versions that this retraining would make again."""
+    keys = {training_key(kind, plan, settings): kind for kind in settings.training.routers}
+    done: dict[str, VersionInfo] = {}
+    for version in registry.versions():
+        kind = keys.get(version.tags.get("training_key", ""))
+        if kind is not None:
+            done.setdefault(kind, version)
+    return {kind: done[kind] for kind in settings.training.routers if kind in done}
+
+
+def measured_version(version: VersionInfo, registry: Registry) -> Measured:
+    """Return what was measured of a version when it was trained."""
+    metrics = registry.run_metrics(version)
+    return Measured(
+        version.kind,
+        version,
+        registry.evaluations(version),
+        metrics["queries_per_s"],
+        metrics["latency_ms_p50"],
+    )
+
+
+def embedded(plan: Plan, settings: Settings, progress: Progress | None = None) -> training.Prepared:
+    """Read, augment and embed the battles, and clean the benchmarks of what they show."""
+    if plan.prepared is not None:
+        return plan.prepared
+    prepared = training.prepare(
+        plan.store, plan.manifest, plan.encoder, settings, plan.pair, progress
+    )
+    benchmarks = list(plan.benchmarks) + ([prepared.heldout] if prepared.heldout else [])
+    if not benchmarks:
+        raise BenchmarkError(
+            f"nothing to measure on: fewer than {training.MIN_HELDOUT} held-out battles of "
+            f"{plan.pair.strong} and {plan.pair.weak}, and no benchmark tables; give --benchmarks"
+        )
+    for one in benchmarks:
+        vectors = plan.encoder.encode(one.prompts, progress=progress)
+        similarity = largest_similarity(vectors, prepared.battles.embeddings)
+        seen = similarity >= settings.evaluation.contamination_similarity
+        if seen.all():
+            raise BenchmarkError(
+                f"every prompt of benchmark {one.name} is among the training prompts: measure on "
+                "another benchmark"
+            )
+        plan.clean[one.name] = Clean(one.without(seen), vectors[~seen], float(similarity.mean()))
+    if plan.primary not in plan.clean:
+        raise BenchmarkError(f"there are too few held-out battles to promote on {plan.primary!r}")
+    plan.prepared = prepared
+    return prepared
+
+
+def train_and_register(
+    kind: str,
+    plan: Plan,
+    registry: Registry,
+    settings: Settings,
+    parent: str,
+    progress: Progress | None = None,
+) -> Measured:
+    """Train one router, measure it, and register it as a version."""
+    prepared = embedded(plan, settings)
+    seed = settings.training.seed
+    router, report = training.train(
+        kind, prepared.battles, plan.encoder, seed=seed, progress=progress
+    )
+    evaluations = measure(router, plan, settings)
+    sample = plan.clean[plan.primary]
+    queries_per_s, latency_ms = speed(router, sample.benchmark.prompts)
+    bundle = Bundle(
+        router=router,
+        embedding=settings.embedding,
+        calibration=Calibration.of(
+            router.score(sample.benchmark.prompts, sample.embeddings),
+            f"the prompts of {plan.primary}",
+        ),
+        golden=golden_predictions(router, sample.benchmark.prompts),
+        snapshot=plan.manifest.digest,
+        simulated=plan.manifest.simulated,
+        code_version=__version__,
+    )
+    version = log_version(
+        registry,
+        bundle,
+        report,
+        evaluations,
+        plan.manifest,
+        training_key=training_key(kind, plan, settings),
+        speed={"queries_per_s": queries_per_s, "latency_ms_p50": latency_ms},
+        parent_run_id=parent,
+    )
+    return Measured(kind, version, evaluations, queries_per_s, latency_ms)
+
+
+def measure(router: Router, plan: Plan, settings: Settings) -> dict[str, Evaluation]:
+    """Measure a router on every clean benchmark."""
+    out = {}
+    for name, clean in sorted(plan.clean.items(), key=lambda item: item[0] == "heldout"):
+        out[name] = evaluate(
+            router.score(clean.benchmark.prompts, clean.embeddings),
+            clean.benchmark,
+            plan.pair,
+            rng=np.random.default_rng(settings.training.seed),
+            resamples=settings.evaluation.bootstrap,
+            similarity=clean.similarity,
+        )
+    return out
+
+
+def speed(router: Router, prompts: Sequence[str]) -> tuple[float, float]:
+    """Return (queries/s in a batch, median ms for one query), the embedding included.
+
+    The cache is left out: a new query is what a gateway meets.
+    """
+    cached = router.encoder
+    router.encoder = getattr(cached, "encoder", cached)
+    try:
+        some = list(prompts[:SPEED_QUERIES])
+        router.win_rate(some[:2])  # loads the encoder
+        started = time.perf_counter()
+        router.win_rate(some)
+        batch_s = time.perf_counter() - started
+        single = []
+        for prompt in some[:15]:
+            started = time.perf_counter()
+            router.win_rate([prompt])
+            single.append(time.perf_counter() - started)
+        return len(some) / batch_s, statistics.median(single) * 1000
+    finally:
+        router.encoder = cached
+
+
+def log_curves(measured: Sequence[Measured], registry: Registry) -> None:
+    """Log one curve plot per benchmark on the open run."""
+    import mlflow
+
+    for name in measured[0].evaluations:
+        figure = plot_curves({m.kind: m.evaluations[name] for m in measured})
+        mlflow.log_figure(figure, f"curves/{name}.png")
+
+
+def promote_best(measured: Sequence[Measured], plan: Plan, registry: Registry) -> Decision:
+    """Let the gate judge the best router of this retraining, and move the alias if it may."""
+    best = max(
+        (m for m in measured if m.kind != "random"),
+        key=lambda m: m.evaluations[plan.primary].exact.apgr.value,
+        default=None,
+    )
+    if best is None:
+        return Decision("reject", "only the random router was trained: there is nothing to promote")
+    candidate = gate_input(best.version, best.evaluations[plan.primary])
+    champion = registry.champion()
+    judged: GateInput | None = None
+    if champion is not None:
+        known = registry.evaluations(champion)
+        judged = gate_input(champion, known.get(plan.primary) or next(iter(known.values())))
+    decision = Gate().decide(judged, candidate)
+    if decision.outcome == "inconclusive" and champion is not None and plan.clean:
+        judged = gate_input(champion, _again(champion, best, plan, registry))
+        decision = Gate().decide(judged, candidate)
+    if decision.outcome == "promote":
+        registry.promote(best.version, decision, expected=champion.version if champion else None)
+    elif decision.outcome == "inconclusive":
+        registry.set_challenger(best.version)
+    return decision
+
+
+def _again(champion: VersionInfo, best: Measured, plan: Plan, registry: Registry) -> Evaluation:
+    """Measure the champion on the prompts that the candidate was measured on."""
+    clean = plan.clean[plan.primary]
+    router = registry.bundle(champion, cache_path=registry.settings.embeddings_path).router
+    return evaluate(
+        router.win_rate(clean.benchmark.prompts),
+        clean.benchmark,
+        plan.pair,
+        rng=np.random.default_rng(0),
+        resamples=registry.settings.evaluation.bootstrap,
+    )
+
+
+def gate_input(version: VersionInfo, evaluation: Evaluation) -> GateInput:
+    """Return what the gate looks at."""
+    return GateInput(
+        version=version.version,
+        kind=version.kind,
+        strong=evaluation.strong,
+        weak=evaluation.weak,
+        simulated=version.simulated,
+        benchmark=evaluation.benchmark,
+        benchmark_digest=evaluation.benchmark_digest,
+        apgr=evaluation.exact.apgr.value,
+    )
