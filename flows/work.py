@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from registry import Decision, Gate, GateInput, Registry, VersionInfo
+from registry.judge import gate_input
 from registry.log import log_version
 from routellm import __version__, training
 from routellm.bundle import Bundle, content_key, golden_predictions
@@ -308,18 +309,4 @@ def _again(champion: VersionInfo, best: Measured, plan: Plan, registry: Registry
         plan.pair,
         rng=np.random.default_rng(0),
         resamples=registry.settings.evaluation.bootstrap,
-    )
-
-
-def gate_input(version: VersionInfo, evaluation: Evaluation) -> GateInput:
-    """Return what the gate looks at."""
-    return GateInput(
-        version=version.version,
-        kind=version.kind,
-        strong=evaluation.strong,
-        weak=evaluation.weak,
-        simulated=version.simulated,
-        benchmark=evaluation.benchmark,
-        benchmark_digest=evaluation.benchmark_digest,
-        apgr=evaluation.exact.apgr.value,
     )

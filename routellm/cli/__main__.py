@@ -1,0 +1,5 @@
+"""``python -m routellm.cli``."""
+
+from routellm.cli import main
+
+main()

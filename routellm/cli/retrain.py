@@ -1,0 +1,150 @@
+"""The ``retrain`` verb: run the flow, then say what came out and what to type next."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from routellm.cli.context import load_settings, out, print_json
+from routellm.errors import UsageError
+from routellm.evaluation.evaluate import Evaluation
+
+if TYPE_CHECKING:
+    from flows.retrain import Retraining
+    from routellm.settings import Settings
+
+
+def run_retraining(
+    sources: Sequence[str] | None,
+    routers: str | None,
+    benchmarks: str | None,
+    *,
+    move_alias: bool,
+    as_json: bool,
+) -> None:
+    """Run the loop once and print its result."""
+    settings = _settings(routers, benchmarks)
+    from flows.engine import configure
+
+    configure(settings)
+    from flows.retrain import retrain
+
+    result = retrain(settings, list(sources) if sources else None, move_alias)
+    if as_json:
+        print_json(_document(result, settings))
+    else:
+        _print(result, settings)
+
+
+def _settings(routers: str | None, benchmarks: str | None) -> Settings:
+    from routellm.routers.base import ROUTER_MODULES
+
+    settings = load_settings()
+    update: dict[str, Any] = {}
+    if routers is not None:
+        kinds = tuple(k.strip() for k in routers.split(",") if k.strip())
+        if kinds == ("all",):
+            kinds = tuple(ROUTER_MODULES)
+        update["training"] = settings.training.model_copy(update={"routers": kinds})
+    if benchmarks is not None:
+        update["evaluation"] = settings.evaluation.model_copy(update={"benchmarks": benchmarks})
+    settings = settings.model_copy(update=update)
+    unknown = [k for k in settings.training.routers if k not in ROUTER_MODULES]
+    if unknown or not settings.training.routers:
+        known = ", ".join(ROUTER_MODULES)
+        raise UsageError(f"unknown router kind {', '.join(unknown) or '(none)'}: use {known}")
+    return settings
+
+
+def _document(result: Retraining, settings: Settings) -> dict[str, Any]:
+    champion = result.champion
+    return {
+        "snapshot": result.manifest.digest,
+        "new_battles": result.new_battles,
+        "simulated": result.simulated,
+        "primary": result.primary,
+        "trained": result.trained,
+        "reused": result.reused,
+        "champion": champion.version if champion else None,
+        "champion_why": result.champion_why,
+        "decision": result.decision.to_dict() if result.decision else None,
+        "data_docs": result.data_docs,
+        "routers": [
+            {
+                "kind": m.kind,
+                "version": m.version.version,
+                "queries_per_s": m.queries_per_s,
+                "latency_ms": m.latency_ms,
+                "evaluations": {name: e.to_dict() for name, e in m.evaluations.items()},
+            }
+            for m in result.measured
+        ],
+    }
+
+
+def evaluation_table(
+    rows: Sequence[tuple[str, Mapping[str, Evaluation], tuple[float, float] | None]],
+    title: str = "",
+) -> Table:
+    """Return the table of routers by benchmarks; rows are (label, evaluations, speed)."""
+    table = Table(title=title or None, title_justify="left", title_style="bold")
+    table.add_column("router")
+    table.add_column("benchmark")
+    for name in ("APGR [95 %]", "CPT(50)", "CPT(80)", "perfect", "prompts", "queries/s", "ms, one"):
+        table.add_column(name, justify="right", no_wrap=name == "APGR [95 %]")
+    for label, evaluations, speed in rows:
+        for i, (name, one) in enumerate(evaluations.items()):
+            last = i == len(evaluations) - 1
+            table.add_row(
+                label if i == 0 else "",
+                f"{name} [yellow]SIMULATED[/]" if one.simulated else name,
+                str(one.exact.apgr).replace("[", r"\["),
+                f"{one.exact.cpt50.value:.1%}",
+                f"{one.exact.cpt80.value:.1%}",
+                f"{one.perfect_apgr:.3f}",
+                f"{one.n:,} (-{one.excluded})" if one.excluded else f"{one.n:,}",
+                f"{speed[0]:,.0f}" if speed and i == 0 else "",
+                f"{speed[1]:.1f}" if speed and i == 0 else "",
+                end_section=last,
+            )
+    return table
+
+
+def _print(result: Retraining, settings: Settings) -> None:
+    pair = next(iter(result.measured[0].evaluations.values()))
+    title = f"{pair.strong} or {pair.weak}, snapshot {result.manifest.digest[:12]}"
+    if result.simulated:
+        title = f"[yellow]SIMULATED[/] arena: {title}"
+    rows = [
+        (f"{m.kind} (v{m.version.version})", m.evaluations, (m.queries_per_s, m.latency_ms))
+        for m in result.measured
+    ]
+    out.print()
+    out.print(evaluation_table(rows, title))
+    out.print(
+        "[dim]exact reading; random is 0.500, CPT(x) the smallest share of strong calls that "
+        "recovers x % of the gap; (-n): prompts taken out as possibly seen in training[/]"
+    )
+    if not result.trained and not result.new_battles:
+        out.print("\nNothing new: no battle was ingested, embedded or trained on again.")
+    if result.champion is not None:
+        out.print(
+            f"\nChampion: [bold green]version {result.champion.version}[/] "
+            f"({result.champion.kind}) — {result.champion_why}"
+        )
+    if result.decision is not None and result.decision.outcome != "promote":
+        out.print(f"This run: {result.decision.outcome} — {result.decision.reason}")
+    out.print("\n[bold]Next[/]")
+    command = os.path.relpath(sys.argv[0]) if os.path.exists(sys.argv[0]) else "routellm"
+    mlflow = os.path.join(os.path.dirname(command), "mlflow") if "/" in command else "mlflow"
+    home = f" --home {settings.home}" if str(settings.home) != ".routellm" else ""
+    for what, line in (
+        ("compare the runs", f"{mlflow} ui --backend-store-uri {settings.resolved_tracking_uri}"),
+        ("route a prompt", f'{command}{home} route "Prove that there are infinitely many primes"'),
+        ("start the gateway", f"{command}{home} serve --demo"),
+    ):
+        out.print(f"  [dim]{what:<18}[/] {line}", soft_wrap=True)
