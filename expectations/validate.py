@@ -205,9 +205,10 @@ def _frame(batches: Iterable[pa.RecordBatch], settings: ValidationSettings) -> p
     if not pieces:
         return pd.DataFrame({r.column: pd.Series(dtype="object") for r in RULES if r.kind == "row"})
     table = pa.concat_tables(pieces)
-    return table.to_pandas(
+    frame: pd.DataFrame = table.to_pandas(
         categories=["winner", "label_kind"], ignore_metadata=True, self_destruct=True
     ).astype({"winner": "object", "label_kind": "object"})
+    return frame
 
 
 def _ok(values: np.ndarray[Any, Any], rule: Rule, settings: ValidationSettings) -> Any:
@@ -220,7 +221,8 @@ def _ok(values: np.ndarray[Any, Any], rule: Rule, settings: ValidationSettings) 
     if bounds is None:
         return np.isin(values.astype(object), rule.values()) if len(values) else values == 0
     numbers = values.astype(np.float64)
-    return (numbers >= bounds[0]) & (numbers <= bounds[1])
+    low, high = (np.inf * s if b is None else b for b, s in zip(bounds, (-1, 1), strict=True))
+    return (numbers >= low) & (numbers <= high)
 
 
 def _divide(

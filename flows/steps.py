@@ -42,8 +42,7 @@ def step(name: str) -> Iterator[Step]:
         transient=True,
     )
     with bar:
-        one = Step(name, bar, bar.add_task(name, total=None))
-        bar.update(one.task, total=1)
+        one = Step(name, bar, bar.add_task(name, total=1))
         yield one
     seconds = time.perf_counter() - started
     console.print(f"[green]✓[/] [bold]{name:<10}[/] {one.result}  [dim]{seconds:.1f} s[/]")

@@ -37,7 +37,7 @@ def win_table(
     size = n_models * n_models
     ab = np.bincount(model_a * n_models + model_b, weight * preference_a, size)
     ba = np.bincount(model_b * n_models + model_a, weight * (1.0 - preference_a), size)
-    table: Floats = (ab + ba).reshape(n_models, n_models)
+    table: Floats = np.asarray(ab + ba, dtype=np.float64).reshape(n_models, n_models)
     return table
 
 

@@ -122,10 +122,10 @@ class SnapshotStore:
             )
         return self._read_manifest(found[0])
 
-    def list(self) -> list[Manifest]:
+    def all(self) -> list[Manifest]:
         """Return all manifests, newest first."""
-        all_ = [self._read_manifest(p) for p in self._manifest_paths()]
-        return sorted(all_, key=lambda m: m.created_at, reverse=True)
+        found = [self._read_manifest(p) for p in self._manifest_paths()]
+        return sorted(found, key=lambda m: m.created_at, reverse=True)
 
     def iter_batches(
         self, manifest: Manifest, columns: Sequence[str] | None = None, batch_rows: int = 65_536

@@ -64,9 +64,9 @@ def prepare(
     """
     table = augment(store.read(manifest, COLUMNS), settings.training.augment)
     if not len(table):
-        kinds = ", ".join(settings.training.augment)
+        wanted = ", ".join(settings.training.augment)
         raise TrainingError(
-            f"snapshot {manifest.digest[:12]} has no battles labelled {kinds}: it has "
+            f"snapshot {manifest.digest[:12]} has no battles labelled {wanted}: it has "
             f"{manifest.by_label_kind}; set `training.augment`"
         )
     # the same battles in the same order, however the parts were cut

@@ -63,7 +63,10 @@ class OpenAIEncoder:
         if not rows:
             return np.empty((0, self.dimensions), dtype=np.float32)
         out = np.concatenate(rows)
-        return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
+        unit: NDArray[np.float32] = out / np.maximum(
+            np.linalg.norm(out, axis=1, keepdims=True), np.float32(1e-12)
+        )
+        return unit
 
     def _ask(self, client: Any, batch: list[str]) -> NDArray[np.float32]:
         import httpx

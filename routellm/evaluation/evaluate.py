@@ -112,7 +112,7 @@ def evaluate(
     strong, weak = benchmark.of_pair(pair)
     n = len(strong)
     ones = np.ones(n)
-    weights = []
+    weights: list[Floats] = []
     while len(weights) < resamples:
         w = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
         if (w * (strong - weak)).sum() > 0:

@@ -89,14 +89,14 @@ class MatrixFactorizationRouter(Router):
         for epoch in range(EPOCHS):
             order = torch.from_numpy(rng.permutation(train)).to(device)
             total = 0.0
-            for rows in order.split(batch):
+            for rows in torch.split(order, batch):
                 optimizer.zero_grad()
                 value = loss(rows)
                 value.backward()
                 optimizer.step()
                 total += float(value.detach()) * len(rows)
             with torch.no_grad():
-                chunks = torch.from_numpy(held).to(device).split(65_536)
+                chunks = torch.split(torch.from_numpy(held).to(device), 65_536)
                 share = [float(w[c].sum()) for c in chunks]
                 validation = float(np.average([float(loss(c)) for c in chunks], weights=share))
             if not np.isfinite(validation):

@@ -142,7 +142,7 @@ def _format(name: str) -> str | None:
 
 
 def _battles(
-    file: IO[bytes], name: str, label: str, settings: IngestSettings, source: str | None
+    file: Any, name: str, label: str, settings: IngestSettings, source: str | None
 ) -> Iterator[pa.RecordBatch] | None:
     """Return the battles in an open file, or None if its columns are a benchmark's."""
     raw = _raw_batches(file, name, label, settings)
@@ -165,14 +165,14 @@ def _battles(
 
 
 def _raw_batches(
-    file: IO[bytes], name: str, label: str, settings: IngestSettings
+    file: Any, name: str, label: str, settings: IngestSettings
 ) -> Iterator[pa.RecordBatch]:
     kind = _format(name)
     if kind == ".parquet":
         with tempfile.TemporaryFile() as spool:
             if not isinstance(file, io.BufferedReader):  # Parquet is read from its end: unpack
                 shutil.copyfileobj(file, spool)
-                file = spool  # type: ignore[assignment]
+                file = spool
             with pq.ParquetFile(file) as table:
                 yield from table.iter_batches(batch_size=settings.batch_rows)
     elif kind == ".csv":
@@ -225,10 +225,8 @@ def _numbers(cells: list[str]) -> list[Any]:
         return list(cells)
 
 
-def _json_batches(
-    file: IO[bytes], label: str, settings: IngestSettings
-) -> Iterator[pa.RecordBatch]:
-    reader = io.BufferedReader(file)  # type: ignore[arg-type]
+def _json_batches(file: Any, label: str, settings: IngestSettings) -> Iterator[pa.RecordBatch]:
+    reader = io.BufferedReader(file)
     if reader.peek(1)[:1] == b"[":
         body = reader.read(_MAX_ARRAY_BYTES + 1)
         if len(body) > _MAX_ARRAY_BYTES:

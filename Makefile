@@ -1,0 +1,35 @@
+# `make run`, `make test`: the two commands. Everything else is for those who work on the code.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?=
+ROUTERS ?=
+
+.PHONY: run test test-fast lint bench clean
+
+.venv/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else "make: Python 3.11 or 3.12 is needed, found %d.%d: set PYTHON=python3.11" % v)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+run: .venv/.installed  ## the whole loop; DATA=<folder, file or hub name>, ROUTERS=<kinds>
+	@$(BIN)/routellm retrain $(if $(DATA),--source "$(DATA)") $(if $(ROUTERS),--routers "$(ROUTERS)")
+
+test: .venv/.installed  ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: .venv/.installed  ## no server, under a minute
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed  ## prints one table
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv .routellm .pytest_cache .mypy_cache .ruff_cache
