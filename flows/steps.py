@@ -40,6 +40,7 @@ def step(name: str) -> Iterator[Step]:
         TimeElapsedColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     with bar:
         one = Step(name, bar, bar.add_task(name, total=1))

@@ -292,6 +292,7 @@ def connect(settings: Settings) -> Registry:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     uri = settings.resolved_tracking_uri
@@ -300,7 +301,8 @@ def connect(settings: Settings) -> Registry:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    logging.getLogger("alembic").setLevel(logging.ERROR)
+    for name in ("mlflow", "alembic"):  # importing MLflow sets its own level
+        logging.getLogger(name).setLevel(logging.ERROR)
     with _said(settings):
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)

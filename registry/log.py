@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,9 @@ def log_version(
                     **report.params,
                 }
             )
-            mlflow.log_input(_dataset(manifest), context="training")
+            with warnings.catch_warnings():  # counts have no missing values
+                warnings.simplefilter("ignore", UserWarning)
+                mlflow.log_input(_dataset(manifest), context="training")
             mlflow.log_metrics({**flat_metrics(evaluations), **report.metrics, **speed})
             for name, values in report.history.items():
                 for step, value in enumerate(values, 1):
@@ -81,15 +84,19 @@ def log_version(
             )
             example = pd.DataFrame({"prompt": [p for p, _ in bundle.golden[:2]]})
             answer = pd.DataFrame({"win_rate": [0.5], "route": ["strong"]})
-            logged = mlflow.pyfunc.log_model(
-                name="router",
-                python_model=str(MODEL_CODE),
-                artifacts={"bundle": str(Path(folder) / "bundle")},
-                signature=infer_signature(
-                    example, answer, params={"strong_fraction": 0.5, "threshold": -1.0}
-                ),
-                pip_requirements=[f"routellm-mlops=={__version__}"],
-            )
+            with warnings.catch_warnings():
+                # it asks for type hints, which would drop `params`, and an input example, which
+                # would be run through the encoder again; the signature is given in full instead
+                warnings.simplefilter("ignore", UserWarning)
+                logged = mlflow.pyfunc.log_model(
+                    name="router",
+                    python_model=str(MODEL_CODE),
+                    artifacts={"bundle": str(Path(folder) / "bundle")},
+                    signature=infer_signature(
+                        example, answer, params={"strong_fraction": 0.5, "threshold": -1.0}
+                    ),
+                    pip_requirements=[f"routellm-mlops=={__version__}"],
+                )
         version = registry.client.create_model_version(
             registry.model,
             source=logged.model_uri,

@@ -92,6 +92,9 @@ class SentenceTransformerEncoder:
             # the weights are at hand: loading must not ask a hub for anything
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
 
         device = None if self._settings.device == "auto" else self._settings.device
         try:
