@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from routellm.cli.context import load_settings, out, print_json
@@ -91,25 +92,29 @@ def evaluation_table(
     title: str = "",
 ) -> Table:
     """Return the table of routers by benchmarks; rows are (label, evaluations, speed)."""
-    table = Table(title=title or None, title_justify="left", title_style="bold")
-    table.add_column("router")
-    table.add_column("benchmark")
-    for name in ("APGR [95 %]", "CPT(50)", "CPT(80)", "perfect", "prompts", "queries/s", "ms, one"):
-        table.add_column(name, justify="right", no_wrap=name == "APGR [95 %]")
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("router", no_wrap=True)
+    table.add_column("benchmark", no_wrap=True)
+    for name in ("APGR [95 %]", "CPT50", "CPT80", "best", "q/s", "ms"):
+        table.add_column(name, justify="right", no_wrap=True)
     for label, evaluations, speed in rows:
         for i, (name, one) in enumerate(evaluations.items()):
-            last = i == len(evaluations) - 1
             table.add_row(
                 label if i == 0 else "",
-                f"{name} [yellow]SIMULATED[/]" if one.simulated else name,
+                name,
                 str(one.exact.apgr).replace("[", r"\["),
                 f"{one.exact.cpt50.value:.1%}",
                 f"{one.exact.cpt80.value:.1%}",
                 f"{one.perfect_apgr:.3f}",
-                f"{one.n:,} (-{one.excluded})" if one.excluded else f"{one.n:,}",
                 f"{speed[0]:,.0f}" if speed and i == 0 else "",
-                f"{speed[1]:.1f}" if speed and i == 0 else "",
-                end_section=last,
+                f"{speed[1]:.0f}" if speed and i == 0 else "",
+                end_section=i == len(evaluations) - 1,
             )
     return table
 
@@ -120,14 +125,19 @@ def _print(result: Retraining, settings: Settings) -> None:
     if result.simulated:
         title = f"[yellow]SIMULATED[/] arena: {title}"
     rows = [
-        (f"{m.kind} (v{m.version.version})", m.evaluations, (m.queries_per_s, m.latency_ms))
+        (f"{m.kind} v{m.version.version}", m.evaluations, (m.queries_per_s, m.latency_ms))
         for m in result.measured
     ]
     out.print()
     out.print(evaluation_table(rows, title))
     out.print(
-        "[dim]exact reading; random is 0.500, CPT(x) the smallest share of strong calls that "
-        "recovers x % of the gap; (-n): prompts taken out as possibly seen in training[/]"
+        "[dim]APGR: random is 0.500, best is the perfect order's. CPTx: least share of strong "
+        "calls that\nrecovers x % of the gap. q/s: queries a second in a batch, ms: one query; "
+        "both with embedding.\nPrompts measured (taken out as possibly seen in training): "
+        + ", ".join(
+            f"{n} {e.n:,} ({e.excluded:,})" for n, e in result.measured[0].evaluations.items()
+        )
+        + "[/]"
     )
     if not result.trained and not result.new_battles:
         out.print("\nNothing new: no battle was ingested, embedded or trained on again.")
