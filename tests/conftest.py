@@ -46,7 +46,7 @@ class HashEncoder:
         out = np.zeros((len(prompts), self.dimensions), np.float32)
         for i, prompt in enumerate(prompts):
             for word in prompt.lower().split():
-                out[i, sum(word.encode()) % self.dimensions] += 1.0
+                out[i, sum(word.encode("utf-8", "replace")) % self.dimensions] += 1.0
             out[i, 0] += 0.1
         return out / np.linalg.norm(out, axis=1, keepdims=True)
 

