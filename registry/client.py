@@ -345,9 +345,13 @@ def _said(settings: Settings) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
-        where = re.sub(r"//[^@/]*@", "//***@", settings.resolved_tracking_uri)
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RegistryError(
-            f"MLflow at {where} did not do what was asked ({first}): check that it runs and that "
-            "`tracking_uri` is right"
+            f"MLflow at {_redacted(settings.resolved_tracking_uri)} did not do what was asked "
+            f"({_redacted(first)[:200]}): check that it runs and that `tracking_uri` is right"
         ) from error
+
+
+def _redacted(text: str) -> str:
+    """Return text with the user and password of every address in it hidden."""
+    return re.sub(r"//[^@/\s]*@", "//***@", text)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import mlflow.pyfunc
+
+# it asks for type hints on `predict`, and drops `params` from models that have them
+warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
 
 
 class RouterModel(mlflow.pyfunc.PythonModel):

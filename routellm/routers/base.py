@@ -113,6 +113,24 @@ class TrainingBattles:
             )
         return rows, preference
 
+    def weightings(self) -> list[NDArray[np.float64]]:
+        """Return the battle weights (n,) that a router chooses between on validation.
+
+        As they are; and with the pair's own battles raised to half of the total, for data in
+        which battles between other models would drown what the pair's own say.
+        """
+        rows, _ = self.of_pair()
+        pair, total = self.weight[rows].sum(), self.weight.sum()
+        raised = self.weight.copy()
+        raised[rows] *= (total - pair) / pair
+        return [self.weight, raised] if pair < total / 2 else [self.weight]
+
+    def pair_validation(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return the pair's validation battles as `of_pair` does: what choices are made on."""
+        rows, preference = self.of_pair()
+        held = self.validation[rows]
+        return rows[held], preference[held]
+
     def tiers(self) -> NDArray[np.int64]:
         """Return each model's tier (m,), 0 the best, the pair's two models kept apart."""
         table = win_table(
@@ -164,6 +182,12 @@ class Router(ABC):
         cls, encoder: Encoder, pair: Pair, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]
     ) -> Router:
         """Rebuild a router from what `state` returned."""
+
+
+def cross_entropy(win_rates: NDArray[np.float64], preference: NDArray[np.float64]) -> float:
+    """Return the mean cross-entropy of win rates (n,) against preferences for strong (n,)."""
+    p = np.clip(win_rates, 1e-6, 1.0 - 1e-6)
+    return float(-(preference * np.log(p) + (1.0 - preference) * np.log1p(-p)).mean())
 
 
 @dataclass(frozen=True)

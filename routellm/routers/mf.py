@@ -8,6 +8,7 @@ vectors are normalised to unit length. The epoch with the lowest validation loss
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,14 @@ from numpy.typing import NDArray
 from routellm.embeddings.base import Encoder, Progress
 from routellm.errors import TrainingError
 from routellm.ratings import sigmoid
-from routellm.routers.base import Arrays, FitReport, Pair, Router, TrainingBattles
+from routellm.routers.base import (
+    Arrays,
+    FitReport,
+    Pair,
+    Router,
+    TrainingBattles,
+    cross_entropy,
+)
 
 DIMENSIONS = 128  # paper, appendix
 LEARNING_RATE = 3e-4
@@ -24,6 +32,17 @@ WEIGHT_DECAY = 1e-5
 BATCH_SIZE = 64
 EPOCHS = 10
 MAX_STEPS_PER_EPOCH = 4_000  # a bound on nightly time: past this the batch grows instead
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The best epoch under one weighting of the battles."""
+
+    loss: float
+    epoch: int
+    batch: int
+    arrays: tuple[NDArray[np.float32], ...]
+    history: dict[str, list[float]]
 
 
 class MatrixFactorizationRouter(Router):
@@ -47,22 +66,58 @@ class MatrixFactorizationRouter(Router):
         rng: np.random.Generator,
         progress: Progress | None = None,
     ) -> FitReport:
+        train = np.flatnonzero(~battles.validation)
+        held, preference = battles.pair_validation()
+        if not len(train) or not len(held):
+            raise TrainingError(
+                f"mf needs battles to train on and battles of the pair to validate with, found "
+                f"{len(train)} and {len(held)}: ingest more battles"
+            )
+        choices = battles.weightings()
+        fits = []
+        for i, weight in enumerate(choices):
+
+            def report(done: int, total: int, before: int = i) -> None:
+                if progress:
+                    progress(before * total + done, len(choices) * total)
+
+            fits.append(self._fit(battles, weight, train, held, preference, rng, report))
+        chosen = int(np.argmin([f.loss for f in fits]))
+        best = fits[chosen]
+        self.models_ = battles.models
+        self.vectors_, self.projection_, self.bias_, self.head_ = best.arrays
+        return FitReport(
+            params={
+                "dimensions": DIMENSIONS,
+                "learning_rate": LEARNING_RATE,
+                "weight_decay": WEIGHT_DECAY,
+                "batch_size": best.batch,
+                "epochs": EPOCHS,
+                "pair_raised": chosen,
+            },
+            metrics={"best_epoch": float(best.epoch), "validation_loss": best.loss},
+            history=best.history,
+        )
+
+    def _fit(
+        self,
+        battles: TrainingBattles,
+        weight: NDArray[np.float64],
+        train: NDArray[np.int64],
+        held: NDArray[np.int64],
+        preference: NDArray[np.float64],
+        rng: np.random.Generator,
+        progress: Progress,
+    ) -> _Fit:
+        """Train once under one weighting, keeping the epoch that is best on the pair."""
         import torch
         from torch.nn import functional as F
 
-        train = np.flatnonzero(~battles.validation)
-        held = np.flatnonzero(battles.validation)
-        if not len(train) or not len(held):
-            raise TrainingError(
-                f"mf needs battles to train on and to validate with, found {len(train)} and "
-                f"{len(held)}: ingest more battles"
-            )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         make = torch.Generator().manual_seed(int(rng.integers(2**62)))
         d = battles.embeddings.shape[1]
         vectors = torch.randn(len(battles.models), DIMENSIONS, generator=make)
-        bound = d**-0.5
-        projection = (torch.rand(DIMENSIONS, d, generator=make) * 2 - 1) * bound
+        projection = (torch.rand(DIMENSIONS, d, generator=make) * 2 - 1) * d**-0.5
         head = (torch.rand(DIMENSIONS, generator=make) * 2 - 1) * DIMENSIONS**-0.5
         bias = torch.zeros(DIMENSIONS)
         parameters = [p.to(device).requires_grad_() for p in (vectors, projection, bias, head)]
@@ -73,7 +128,7 @@ class MatrixFactorizationRouter(Router):
         prompt = torch.from_numpy(battles.prompt).to(device)
         a, b = (torch.from_numpy(m).to(device) for m in (battles.model_a, battles.model_b))
         y = torch.from_numpy(battles.preference_a).float().to(device)
-        w = torch.from_numpy(battles.weight).float().to(device)
+        w = torch.from_numpy(weight / weight[train].mean()).float().to(device)
 
         def loss(rows: Any) -> Any:
             v, w1, b1, w2 = parameters
@@ -81,11 +136,17 @@ class MatrixFactorizationRouter(Router):
             h = x[prompt[rows]] @ w1.T + b1  # (n, 128)
             gap = ((unit[a[rows]] - unit[b[rows]]) * h) @ w2  # (n,)
             each = F.binary_cross_entropy_with_logits(gap, y[rows], reduction="none")
-            return (each * w[rows]).sum() / w[rows].sum()
+            return (each * w[rows]).mean()
+
+        def learnt() -> tuple[NDArray[np.float32], ...]:
+            v, *rest = (p.detach() for p in parameters)
+            return tuple(p.cpu().numpy().copy() for p in (F.normalize(v, dim=1), *rest))
 
         batch = max(BATCH_SIZE, -(-len(train) // MAX_STEPS_PER_EPOCH))
         history: dict[str, list[float]] = {"train_loss": [], "validation_loss": []}
-        best = (np.inf, 0, [p.detach().clone() for p in parameters])
+        best = _Fit(np.inf, 0, batch, learnt(), history)
+        asked = battles.embeddings[battles.prompt[held]]
+        self.models_ = battles.models
         for epoch in range(EPOCHS):
             order = torch.from_numpy(rng.permutation(train)).to(device)
             total = 0.0
@@ -95,10 +156,8 @@ class MatrixFactorizationRouter(Router):
                 value.backward()
                 optimizer.step()
                 total += float(value.detach()) * len(rows)
-            with torch.no_grad():
-                chunks = torch.split(torch.from_numpy(held).to(device), 65_536)
-                share = [float(w[c].sum()) for c in chunks]
-                validation = float(np.average([float(loss(c)) for c in chunks], weights=share))
+            self.vectors_, self.projection_, self.bias_, self.head_ = learnt()
+            validation = cross_entropy(self.score([], asked), preference)
             if not np.isfinite(validation):
                 raise TrainingError(
                     f"mf diverged in epoch {epoch + 1}: the validation loss is {validation}; "
@@ -106,27 +165,10 @@ class MatrixFactorizationRouter(Router):
                 )
             history["train_loss"].append(total / len(train))
             history["validation_loss"].append(validation)
-            if validation < best[0]:
-                best = (validation, epoch, [p.detach().clone() for p in parameters])
-            if progress:
-                progress(epoch + 1, EPOCHS)
-        vectors, projection, bias, head = best[2]
-        self.models_ = battles.models
-        self.vectors_ = F.normalize(vectors, dim=1).cpu().numpy()
-        self.projection_, self.bias_, self.head_ = (
-            p.cpu().numpy() for p in (projection, bias, head)
-        )
-        return FitReport(
-            params={
-                "dimensions": DIMENSIONS,
-                "learning_rate": LEARNING_RATE,
-                "weight_decay": WEIGHT_DECAY,
-                "batch_size": batch,
-                "epochs": EPOCHS,
-            },
-            metrics={"best_epoch": float(best[1] + 1), "validation_loss": float(best[0])},
-            history=history,
-        )
+            if validation < best.loss:
+                best = _Fit(validation, epoch + 1, batch, learnt(), history)
+            progress(epoch + 1, EPOCHS)
+        return best
 
     def score(self, prompts: Sequence[str], embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
         strong = self.vectors_[self.models_.index(self.pair.strong)]

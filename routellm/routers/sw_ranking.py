@@ -13,6 +13,7 @@ of each. The result is the refit's own, to rounding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,21 @@ from scipy import sparse
 
 from routellm.embeddings.base import Encoder, Progress
 from routellm.ratings import RIDGE, fit_bradley_terry, sigmoid
-from routellm.routers.base import Arrays, FitReport, Pair, Router, TrainingBattles
+from routellm.routers.base import (
+    Arrays,
+    FitReport,
+    Pair,
+    Router,
+    TrainingBattles,
+    cross_entropy,
+)
 
 GAMMA = 10.0  # paper, section 4.2
 _BLOCK_BYTES = 64 * 2**20  # of similarities held at once
 
 
 class SWRankingRouter(Router):
-    """Similarity-weighted ranking. Nothing is trained; each query is solved for.
+    """Similarity-weighted ranking. Each query is solved for; only the battles' weighting is chosen.
 
     Attributes
     ----------
@@ -53,6 +61,37 @@ class SWRankingRouter(Router):
         rng: np.random.Generator,
         progress: Progress | None = None,
     ) -> FitReport:
+        choices = battles.weightings()
+        held, preference = battles.pair_validation()
+        losses = []
+        if len(choices) > 1 and len(held):
+            train = replace(
+                battles,
+                **{
+                    name: getattr(battles, name)[~battles.validation]
+                    for name in ("prompt", "model_a", "model_b", "preference_a", "label_kind")
+                },
+                validation=np.zeros(int((~battles.validation).sum()), dtype=bool),
+            )
+            prompts, where = np.unique(battles.prompt[held], return_inverse=True)
+            for weight in choices:
+                self._solve(replace(train, weight=weight[~battles.validation]))
+                rates = self.score([], battles.embeddings[prompts])[where]
+                losses.append(cross_entropy(rates, preference))
+        chosen = int(np.argmin(losses)) if losses else 0
+        self._solve(replace(battles, weight=choices[chosen]))
+        t = self.n_tiers_
+        return FitReport(
+            params={"gamma": self.gamma, "tiers": t, "ridge": RIDGE, "pair_raised": chosen},
+            metrics={
+                "strong_tier": float(self.tiers_[self.pair.strong]),
+                "weak_tier": float(self.tiers_[self.pair.weak]),
+            },
+            history={"pair_validation_loss": losses},
+        )
+
+    def _solve(self, battles: TrainingBattles) -> None:
+        """Set the tiers and the win sums from battles."""
         tier = battles.tiers()
         self.tiers_ = {name: int(t) for name, t in zip(battles.models, tier, strict=True)}
         self.n_tiers_ = int(tier.max()) + 1
@@ -69,14 +108,6 @@ class SWRankingRouter(Router):
             (won[apart], (row[apart], column[apart])), shape=(len(battles.prompts), t * t)
         ).tocsr()
         self.embeddings_ = battles.embeddings
-        return FitReport(
-            params={"gamma": self.gamma, "tiers": t, "ridge": RIDGE},
-            metrics={
-                "strong_tier": float(self.tiers_[self.pair.strong]),
-                "weak_tier": float(self.tiers_[self.pair.weak]),
-            },
-            history={},
-        )
 
     def score(self, prompts: Sequence[str], embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
         beta = self.coefficients(embeddings)

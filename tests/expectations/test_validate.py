@@ -117,13 +117,16 @@ def test_another_schema_is_refused_before_any_rule(tmp_path, settings):
 
 
 def test_an_expectation_that_cannot_be_evaluated_is_a_failure(tmp_path, settings, monkeypatch):
-    from expectations import validate as module
+    from expectations import rules
 
-    real = module._frame
-    monkeypatch.setattr(
-        module, "_frame", lambda *a: real(*a).assign(winner=[{"un": "hashable"}] * 200)
-    )
-    with pytest.raises((ValidationError, TypeError)):
+    real = rules.Rule.expectation
+
+    def of_no_column(rule, settings):
+        asked = real(rule, settings)
+        return asked.copy(update={"column": "gone"}) if rule.name == "tie_share" else asked
+
+    monkeypatch.setattr(rules.Rule, "expectation", of_no_column)
+    with pytest.raises(ValidationError, match="tie_share could not be evaluated"):
         check(tmp_path, settings, battle_table())
 
 

@@ -178,8 +178,15 @@ def test_an_unknown_source_is_refused(spec):
         open_source(spec, Settings())
 
 
-@pytest.mark.parametrize("spec", ["simulated://area", "simulated://arena?battles=x",
-                                  "simulated://arena?n=3", "simulated://arena?battles=0"])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "simulated://area",
+        "simulated://arena?battles=x",
+        "simulated://arena?n=3",
+        "simulated://arena?battles=0",
+    ],
+)
 def test_a_simulated_arena_is_asked_for_exactly(spec):
     with pytest.raises(UsageError):
         open_source(spec, Settings())
