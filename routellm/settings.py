@@ -211,3 +211,20 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def settings_table() -> str:
+    """Return every setting as a Markdown table: name, default, meaning."""
+    lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
+
+    def add(model: type[BaseModel], prefix: str) -> None:
+        for name, field in model.model_fields.items():
+            default = field.default
+            if isinstance(default, BaseModel):
+                add(type(default), f"{prefix}{name}.")
+                continue
+            shown = ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            lines.append(f"| `{prefix}{name}` | `{shown}` | {field.description} |")
+
+    add(Settings, "")
+    return "\n".join(lines) + "\n"

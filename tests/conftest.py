@@ -12,6 +12,9 @@ import pytest
 from routellm.routers.base import Pair, TrainingBattles
 from routellm.settings import Settings
 
+# the shared retraining is for the documents' test too
+pytest_plugins = ["tests.e2e.shared"]
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_DATA = REPOSITORY.parent / "shared" / "data"
 

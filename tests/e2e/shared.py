@@ -1,0 +1,34 @@
+"""One small retraining, shared by the end-to-end tests."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def routellm(*args, cwd=None, timeout=420):
+    return subprocess.run(
+        [sys.executable, "-m", "routellm.cli", *map(str, args)],
+        capture_output=True, text=True, timeout=timeout, cwd=cwd,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """One retraining on a small simulated arena, shared by these tests."""
+    folder = tmp_path_factory.mktemp("e2e")
+    done = routellm(
+        "--home", folder / "h", "retrain", "--source", "simulated://arena?battles=6000", cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SIMULATED" in done.stdout
+    assert "Champion: version" in done.stdout
+    assert "serve --demo" in done.stdout
+    return folder / "h"
+
+
+def asked(home, *args):
+    done = routellm("--home", home, *args, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
