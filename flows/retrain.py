@@ -129,7 +129,7 @@ def train(kind: str, plan: Plan, registry: Registry, settings: Settings, parent:
         figures = ", ".join(
             f"{name} {e.exact.apgr.value:.3f}" for name, e in measured.evaluations.items()
         )
-        line.result = f"version {measured.version.version}: APGR {figures}"
+        line.result = f"v{measured.version.version}, APGR {figures}"
     return measured
 
 

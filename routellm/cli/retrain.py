@@ -98,6 +98,7 @@ def evaluation_table(
         title_style="bold",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("router", no_wrap=True)
     table.add_column("benchmark", no_wrap=True)
@@ -109,10 +110,10 @@ def evaluation_table(
                 label if i == 0 else "",
                 name,
                 str(one.exact.apgr).replace("[", r"\["),
-                f"{one.exact.cpt50.value:.1%}",
-                f"{one.exact.cpt80.value:.1%}",
+                f"{one.exact.cpt50.value:.0%}",
+                f"{one.exact.cpt80.value:.0%}",
                 f"{one.perfect_apgr:.3f}",
-                f"{speed[0]:,.0f}" if speed and i == 0 else "",
+                f"{speed[0]:.0f}" if speed and speed[0] < 1e4 and i == 0 else "",
                 f"{speed[1]:.0f}" if speed and i == 0 else "",
                 end_section=i == len(evaluations) - 1,
             )
@@ -132,8 +133,8 @@ def _print(result: Retraining, settings: Settings) -> None:
     out.print(evaluation_table(rows, title))
     out.print(
         "[dim]APGR: random is 0.500, best is the perfect order's. CPTx: least share of strong "
-        "calls that\nrecovers x % of the gap. q/s: queries a second in a batch, ms: one query; "
-        "both with embedding.\nPrompts measured (taken out as possibly seen in training): "
+        "calls that recovers x % of the gap. q/s: queries a second in a batch, ms: one query; "
+        "both with embedding. Prompts measured (taken out as possibly seen in training): "
         + ", ".join(
             f"{n} {e.n:,} ({e.excluded:,})" for n, e in result.measured[0].evaluations.items()
         )

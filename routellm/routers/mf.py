@@ -2,7 +2,11 @@
 
 The paper's section 4.2: ``score(M, q) = w2 . (v_M * (W1 v_q + b))`` and
 ``P(a preferred to b | q) = sigmoid(score(a, q) - score(b, q))``. As in RouteLLM's code the model
-vectors are normalised to unit length. The epoch with the lowest validation loss is kept.
+vectors are normalised to unit length.
+
+Beyond the paper, each model has a level per label kind: a judge and a right answer prefer a model
+by different amounts, whatever the prompt. The epoch, and the weight of the pair's own battles
+among all, are those with the lowest loss on the pair's validation battles.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ LEARNING_RATE = 3e-4
 WEIGHT_DECAY = 1e-5
 BATCH_SIZE = 64
 EPOCHS = 10
-MAX_STEPS_PER_EPOCH = 4_000  # a bound on nightly time: past this the batch grows instead
+MAX_STEPS_PER_EPOCH = 1_000  # a bound on nightly time: past this the batch grows instead
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class MatrixFactorizationRouter(Router):
         chosen = int(np.argmin([f.loss for f in fits]))
         best = fits[chosen]
         self.models_ = battles.models
-        self.vectors_, self.projection_, self.bias_, self.head_ = best.arrays
+        self._set(best.arrays)
         return FitReport(
             params={
                 "dimensions": DIMENSIONS,
@@ -98,6 +102,9 @@ class MatrixFactorizationRouter(Router):
             metrics={"best_epoch": float(best.epoch), "validation_loss": best.loss},
             history=best.history,
         )
+
+    def _set(self, arrays: tuple[NDArray[np.float32], ...]) -> None:
+        self.vectors_, self.projection_, self.bias_, self.head_, self.level_ = arrays
 
     def _fit(
         self,
@@ -120,28 +127,39 @@ class MatrixFactorizationRouter(Router):
         projection = (torch.rand(DIMENSIONS, d, generator=make) * 2 - 1) * d**-0.5
         head = (torch.rand(DIMENSIONS, generator=make) * 2 - 1) * DIMENSIONS**-0.5
         bias = torch.zeros(DIMENSIONS)
-        parameters = [p.to(device).requires_grad_() for p in (vectors, projection, bias, head)]
+        kinds, kind = np.unique(battles.label_kind, return_inverse=True)
+        level = torch.zeros(len(kinds), len(battles.models))
+        parameters = [
+            p.to(device).requires_grad_() for p in (vectors, projection, bias, head, level)
+        ]
         optimizer = torch.optim.Adam(
             parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, foreach=True
         )
         x = torch.from_numpy(battles.embeddings).to(device)
         prompt = torch.from_numpy(battles.prompt).to(device)
+        k = torch.from_numpy(kind).to(device)
         a, b = (torch.from_numpy(m).to(device) for m in (battles.model_a, battles.model_b))
         y = torch.from_numpy(battles.preference_a).float().to(device)
         w = torch.from_numpy(weight / weight[train].mean()).float().to(device)
 
         def loss(rows: Any) -> Any:
-            v, w1, b1, w2 = parameters
+            v, w1, b1, w2, by_kind = parameters
             unit = F.normalize(v, dim=1)
             h = x[prompt[rows]] @ w1.T + b1  # (n, 128)
             gap = ((unit[a[rows]] - unit[b[rows]]) * h) @ w2  # (n,)
+            gap = gap + by_kind[k[rows], a[rows]] - by_kind[k[rows], b[rows]]
             each = F.binary_cross_entropy_with_logits(gap, y[rows], reduction="none")
             return (each * w[rows]).mean()
 
         def learnt() -> tuple[NDArray[np.float32], ...]:
-            v, *rest = (p.detach() for p in parameters)
-            return tuple(p.cpu().numpy().copy() for p in (F.normalize(v, dim=1), *rest))
+            v, *rest, by_kind = (p.detach() for p in parameters)
+            out = (F.normalize(v, dim=1), *rest, share @ by_kind)
+            return tuple(p.cpu().numpy().copy() for p in out)
 
+        # a query's label kind is not known: levels count as often as the pair was labelled so
+        of_pair = battles.of_pair()[0]
+        share = torch.from_numpy(np.bincount(kind[of_pair], minlength=len(kinds)) / len(of_pair))
+        share = share.float().to(device)
         batch = max(BATCH_SIZE, -(-len(train) // MAX_STEPS_PER_EPOCH))
         history: dict[str, list[float]] = {"train_loss": [], "validation_loss": []}
         best = _Fit(np.inf, 0, batch, learnt(), history)
@@ -156,7 +174,7 @@ class MatrixFactorizationRouter(Router):
                 value.backward()
                 optimizer.step()
                 total += float(value.detach()) * len(rows)
-            self.vectors_, self.projection_, self.bias_, self.head_ = learnt()
+            self._set(learnt())
             validation = cross_entropy(self.score([], asked), preference)
             if not np.isfinite(validation):
                 raise TrainingError(
@@ -171,10 +189,11 @@ class MatrixFactorizationRouter(Router):
         return best
 
     def score(self, prompts: Sequence[str], embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
-        strong = self.vectors_[self.models_.index(self.pair.strong)]
-        weak = self.vectors_[self.models_.index(self.pair.weak)]
-        direction = (strong - weak) * self.head_  # (128,): the gap is linear in the embedding
-        gap = embeddings @ (self.projection_.T @ direction) + float(self.bias_ @ direction)
+        s, w = (self.models_.index(m) for m in (self.pair.strong, self.pair.weak))
+        # (128,): the gap is linear in the embedding
+        direction = (self.vectors_[s] - self.vectors_[w]) * self.head_
+        offset = float(self.bias_ @ direction + self.level_[s] - self.level_[w])
+        gap = embeddings @ (self.projection_.T @ direction) + offset
         return sigmoid(gap.astype(np.float64))
 
     def state(self) -> tuple[Arrays, dict[str, Any]]:
@@ -183,6 +202,7 @@ class MatrixFactorizationRouter(Router):
             "projection": self.projection_,
             "bias": self.bias_,
             "head": self.head_,
+            "level": self.level_,
         }
         return arrays, {"models": list(self.models_)}
 
@@ -192,10 +212,8 @@ class MatrixFactorizationRouter(Router):
     ) -> MatrixFactorizationRouter:
         router = cls(encoder, pair)
         router.models_ = tuple(doc["models"])
-        router.vectors_ = arrays["vectors"]
-        router.projection_ = arrays["projection"]
-        router.bias_ = arrays["bias"]
-        router.head_ = arrays["head"]
+        names = ("vectors", "projection", "bias", "head", "level")
+        router._set(tuple(arrays[name] for name in names))
         return router
 
 
