@@ -24,6 +24,7 @@ from flows.work import (
     find_done,
     log_curves,
     measured_version,
+    named_benchmarks,
     plan_of,
     promote_best,
     train_and_register,
@@ -158,6 +159,8 @@ def retrain(
     simulated = [name.startswith("simulated://") for name in names]
     if any(simulated) and not all(simulated):
         raise UsageError("simulated and real sources cannot share a snapshot: run them apart")
+    if settings.evaluation.benchmarks:  # refused before anything is ingested
+        named_benchmarks(settings.evaluation.benchmarks)
     registry = connect(settings)
     store = SnapshotStore(settings.snapshots_dir(simulated=all(simulated)))
     staged = ingest(names, store, settings)

@@ -103,19 +103,24 @@ def plan_of(
 
 def _benchmarks(manifest: Manifest, sources: Sequence[str], settings: Settings) -> list[Benchmark]:
     if settings.evaluation.benchmarks:
-        found = load_benchmarks(Path(settings.evaluation.benchmarks))
-        if not found:
-            raise BenchmarkError(
-                f"no benchmark tables in {settings.evaluation.benchmarks}: expected "
-                "mmlu.parquet, gsm8k.parquet, mt_bench_questions.parquet or NAME.benchmark.parquet"
-            )
-        return found
+        return named_benchmarks(settings.evaluation.benchmarks)
     if manifest.simulated:
         from routellm.sources.simulated import simulated_benchmark
 
         return [simulated_benchmark()]
     folders = [Path(s) for s in sources if Path(s).is_dir()]
     return [b for folder in folders for b in load_benchmarks(folder)]
+
+
+def named_benchmarks(folder: str) -> list[Benchmark]:
+    """Return the benchmarks in a folder that a person named; there must be one."""
+    found = load_benchmarks(Path(folder))
+    if not found:
+        raise BenchmarkError(
+            f"no benchmark tables in {folder}: expected mmlu.parquet, gsm8k.parquet, "
+            "mt_bench_questions.parquet or NAME.benchmark.parquet"
+        )
+    return found
 
 
 def training_key(kind: str, plan: Plan, settings: Settings) -> str:
