@@ -180,7 +180,10 @@ def test_mlflow_serves_the_champion(home, tmp_path):
     import signal
 
     port = free_port()
-    env = {**os.environ, "MLFLOW_TRACKING_URI": asked(home, "status")["tracking_uri"]}
+    # mlflow starts uvicorn by name: the environment it is installed in must be active
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    uri = asked(home, "status")["tracking_uri"]
+    env = {**os.environ, "MLFLOW_TRACKING_URI": uri, "PATH": path}
     process = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/router@champion",
          "--env-manager", "local", "-p", str(port)],
