@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,8 @@ def training_key(kind: str, plan: Plan, settings: Settings) -> str:
     return content_key(
         kind,
         plan.manifest.digest,
-        settings.training.model_dump_json(exclude={"routers"}),
+        settings.training.model_dump_json(exclude={"routers", "options"}),
+        json.dumps(settings.training.options.get(kind, {}), sort_keys=True),
         settings.evaluation.model_dump_json(exclude={"benchmarks", "primary"}),
         plan.encoder.identity,
         json.dumps([plan.pair.strong, plan.pair.weak]),
@@ -199,9 +201,15 @@ def train_and_register(
 ) -> Measured:
     """Train one router, measure it, and register it as a version."""
     prepared = embedded(plan, settings)
-    seed = settings.training.seed
+    checkpoint = settings.home / "checkpoints" / training_key(kind, plan, settings)
     router, report = training.train(
-        kind, prepared.battles, plan.encoder, seed=seed, progress=progress
+        kind,
+        prepared.battles,
+        plan.encoder,
+        seed=settings.training.seed,
+        options=settings.training.options.get(kind),
+        progress=progress,
+        checkpoint=checkpoint,
     )
     evaluations = measure(router, plan, settings)
     sample = plan.clean[plan.primary]
@@ -228,6 +236,7 @@ def train_and_register(
         speed={"queries_per_s": queries_per_s, "latency_ms_p50": latency_ms},
         parent_run_id=parent,
     )
+    shutil.rmtree(checkpoint, ignore_errors=True)
     return Measured(kind, version, evaluations, queries_per_s, latency_ms)
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from routellm.calibration import Calibration
 from routellm.embeddings import Encoder, get_encoder
 from routellm.errors import BundleError, UsageError
-from routellm.routers.base import Pair, Router, router_class
+from routellm.routers.base import Pair, Router, make_router, router_class
 from routellm.settings import EmbeddingSettings
 from routellm.snapshots import file_sha256, write_atomic
 
@@ -115,6 +115,7 @@ def save_bundle(bundle: Bundle, directory: Path) -> None:
         document: dict[str, Any] = {
             "kind": bundle.kind,
             "pair": asdict(bundle.pair),
+            "options": bundle.router.options.model_dump(mode="json"),
             "state": doc,
             "encoder": bundle.router.encoder.identity,
             "embedding": bundle.embedding.model_dump(exclude={"api_key"}),
@@ -160,14 +161,13 @@ def load_bundle(directory: Path, *, cache_path: Path | None = None) -> Bundle:
         arrays: dict[str, NDArray[Any]] = load_file(directory / "weights.safetensors")
         embedding = EmbeddingSettings(**doc["embedding"])
         encoder: Encoder = get_encoder(embedding, cache_path)
-        if doc["kind"] != "random" and encoder.identity != doc["encoder"]:
+        if router_class(doc["kind"]).reads_embeddings and encoder.identity != doc["encoder"]:
             raise BundleError(
                 f"the router in {directory} was trained on {doc['encoder']}, found "
                 f"{encoder.identity}: install the encoder it names"
             )
-        router = router_class(doc["kind"]).from_state(
-            encoder, Pair(**doc["pair"]), arrays, doc["state"]
-        )
+        router = make_router(doc["kind"], encoder, Pair(**doc["pair"]), doc["options"])
+        router.load_state(arrays, doc["state"])
         calibration = doc["calibration"]
         return Bundle(
             router=router,

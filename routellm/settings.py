@@ -9,7 +9,7 @@ no network.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import (
@@ -94,6 +94,9 @@ class TrainingSettings(_Group):
     )
     heldout_share: float = Field(0.05, ge=0, lt=0.5, description="prompts kept to measure on")
     seed: int = Field(0, ge=0, description="seed of everything random")
+    options: dict[str, dict[str, Any]] = Field(
+        {}, description="by router kind, its own options; docs/routers.md lists them"
+    )
 
 
 class EvaluationSettings(_Group):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ from routellm.battles import prompt_split
 from routellm.embeddings.base import Encoder, Progress
 from routellm.errors import TrainingError
 from routellm.evaluation.benchmarks import Benchmark, heldout_benchmark
-from routellm.routers.base import FitReport, Pair, Router, TrainingBattles, router_class
+from routellm.routers.base import FitReport, Pair, Router, TrainingBattles, make_router
 from routellm.settings import Settings
 from routellm.snapshots import Manifest, SnapshotStore
 
@@ -156,9 +158,16 @@ def train(
     encoder: Encoder,
     *,
     seed: int,
+    options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    checkpoint: Path | None = None,
 ) -> tuple[Router, FitReport]:
-    """Train one router; the same battles and seed give the same router."""
-    router = router_class(kind)(encoder, battles.pair)
-    report = router.fit(battles, rng=np.random.default_rng(seed), progress=progress)
+    """Train one router; the same battles, options and seed give the same router.
+
+    `checkpoint` is a folder that is this training's own (see `Router.fit`).
+    """
+    router = make_router(kind, encoder, battles.pair, options)
+    report = router.fit(
+        battles, rng=np.random.default_rng(seed), progress=progress, checkpoint=checkpoint
+    )
     return router, report

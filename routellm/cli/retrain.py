@@ -42,22 +42,22 @@ def run_retraining(
 
 
 def _settings(routers: str | None, benchmarks: str | None) -> Settings:
-    from routellm.routers.base import ROUTER_MODULES
+    from routellm.routers.base import router_class, router_kinds
 
     settings = load_settings()
     update: dict[str, Any] = {}
     if routers is not None:
         kinds = tuple(k.strip() for k in routers.split(",") if k.strip())
         if kinds == ("all",):
-            kinds = tuple(ROUTER_MODULES)
+            kinds = router_kinds()
         update["training"] = settings.training.model_copy(update={"routers": kinds})
     if benchmarks is not None:
         update["evaluation"] = settings.evaluation.model_copy(update={"benchmarks": benchmarks})
     settings = settings.model_copy(update=update)
-    unknown = [k for k in settings.training.routers if k not in ROUTER_MODULES]
-    if unknown or not settings.training.routers:
-        known = ", ".join(ROUTER_MODULES)
-        raise UsageError(f"unknown router kind {', '.join(unknown) or '(none)'}: use {known}")
+    if not settings.training.routers:
+        raise UsageError(f"no router kind was given: use {', '.join(router_kinds())} or `all`")
+    for kind in settings.training.routers:
+        router_class(kind)  # refused before anything is ingested
     return settings
 
 

@@ -1,12 +1,23 @@
 """Router kinds, one file each, behind one protocol."""
 
 from routellm.routers.base import (
-    ROUTER_MODULES,
     FitReport,
     Pair,
     Router,
+    RouterOptions,
     TrainingBattles,
+    make_router,
     router_class,
+    router_kinds,
 )
 
-__all__ = ["ROUTER_MODULES", "FitReport", "Pair", "Router", "TrainingBattles", "router_class"]
+__all__ = [
+    "FitReport",
+    "Pair",
+    "Router",
+    "RouterOptions",
+    "TrainingBattles",
+    "make_router",
+    "router_class",
+    "router_kinds",
+]

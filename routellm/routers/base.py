@@ -1,8 +1,9 @@
 """The router protocol, and the training battles a router learns from.
 
-A router kind is one file with one class. It learns from :class:`TrainingBattles`, scores
-prompts in batches, and keeps its state as named arrays plus a JSON document, so that saving
-never needs pickle.
+A router kind is one file with one class, found through the entry points of the group
+``routellm.routers`` (ours and those of any other installed package). It learns from
+:class:`TrainingBattles`, scores prompts in batches, and keeps its state as named arrays plus a
+JSON document, so that saving never needs pickle.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from pydantic import ValidationError as InvalidOptions
 
 from routellm.embeddings.base import Encoder, Progress
 from routellm.errors import TrainingError, UsageError
@@ -140,23 +144,50 @@ class TrainingBattles:
         return assign_tiers(fit_bradley_terry(table), N_TIERS, apart=pair)
 
 
+class RouterOptions(BaseModel):
+    """What can be set about a kind (``training.options.KIND``); a kind adds fields of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
 class Router(ABC):
     """Says how likely the strong model's answer would be preferred.
 
-    Subclasses set `kind` and implement `fit`, `score`, `state` and `from_state`.
+    Subclasses set `kind` and implement `fit`, `score`, `state` and `load_state`.
+
+    Attributes
+    ----------
+    kind : str
+        The name it is registered under.
+    Options : type
+        What can be set about it.
+    reads_embeddings : bool
+        Whether `score` looks at embeddings; False spares the encoder.
     """
 
     kind: ClassVar[str]
+    Options: ClassVar[type[RouterOptions]] = RouterOptions
+    reads_embeddings: ClassVar[bool] = True
 
-    def __init__(self, encoder: Encoder, pair: Pair) -> None:
+    def __init__(self, encoder: Encoder, pair: Pair, options: RouterOptions | None = None) -> None:
         self.encoder = encoder
         self.pair = pair
+        self.options: Any = options if options is not None else self.Options()
 
     def win_rate(self, prompts: Sequence[str]) -> NDArray[np.float64]:
         """Return P(strong preferred | prompt), a tie counting half: float64 (n,) in [0, 1]."""
         if not prompts:
             return np.empty(0, dtype=np.float64)
+        if not self.reads_embeddings:
+            return self.score(prompts, np.empty((len(prompts), 0), dtype=np.float32))
         return self.score(prompts, self.encoder.encode(prompts))
+
+    def unavailable(self) -> str:
+        """Return why this router cannot be trained on this machine, or "" if it can.
+
+        Asked before any work is done; kinds whose weights come from a hub say so here.
+        """
+        return ""
 
     @abstractmethod
     def fit(
@@ -165,8 +196,16 @@ class Router(ABC):
         *,
         rng: np.random.Generator,
         progress: Progress | None = None,
+        checkpoint: Path | None = None,
     ) -> FitReport:
-        """Learn from battles; deterministic for the same battles and generator."""
+        """Learn from battles; deterministic for the same battles and generator.
+
+        Parameters
+        ----------
+        checkpoint : Path, optional
+            Folder that belongs to this very training, kept when it is killed and removed when it
+            is done: kinds that train for long keep there what they need to go on.
+        """
 
     @abstractmethod
     def score(self, prompts: Sequence[str], embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -176,12 +215,9 @@ class Router(ABC):
     def state(self) -> tuple[Arrays, dict[str, Any]]:
         """Return what was learnt: named arrays, and a JSON-serialisable document."""
 
-    @classmethod
     @abstractmethod
-    def from_state(
-        cls, encoder: Encoder, pair: Pair, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]
-    ) -> Router:
-        """Rebuild a router from what `state` returned."""
+    def load_state(self, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]) -> None:
+        """Take on what `state` returned."""
 
 
 def cross_entropy(win_rates: NDArray[np.float64], preference: NDArray[np.float64]) -> float:
@@ -206,12 +242,16 @@ class FitReport:
     history: dict[str, list[float]]
 
 
-ROUTER_MODULES: dict[str, str] = {
-    "random": "routellm.routers.random",
-    "sw_ranking": "routellm.routers.sw_ranking",
-    "mf": "routellm.routers.mf",
-    "knn": "routellm.routers.knn",
-}
+GROUP = "routellm.routers"
+
+
+def router_kinds() -> tuple[str, ...]:
+    """Return the names of all installed router kinds, ours first."""
+    from importlib.metadata import entry_points
+
+    found = entry_points(group=GROUP)
+    ours = [e.name for e in found if e.value.startswith("routellm.")]
+    return tuple(dict.fromkeys([*ours, *sorted(e.name for e in found)]))
 
 
 def router_class(kind: str) -> type[Router]:
@@ -220,13 +260,57 @@ def router_class(kind: str) -> type[Router]:
     Raises
     ------
     UsageError
-        If there is no such kind.
+        If there is no such kind, two packages claim it, or it cannot be imported.
     """
-    import importlib
+    from importlib.metadata import entry_points
 
-    if kind not in ROUTER_MODULES:
-        known = ", ".join(ROUTER_MODULES)
+    found = {e.value: e for e in entry_points(group=GROUP, name=kind)}
+    if not found:
+        known = ", ".join(router_kinds())
         raise UsageError(f"unknown router kind {kind!r}: use one of {known}")
-    module = importlib.import_module(ROUTER_MODULES[kind])
-    found: type[Router] = module.ROUTER
-    return found
+    if len(found) > 1:
+        raise UsageError(
+            f"router kind {kind!r} is claimed by {' and '.join(sorted(found))}: uninstall one of "
+            "these packages"
+        )
+    (entry,) = found.values()
+    try:
+        loaded = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"router kind {kind!r} cannot be imported from {entry.value} ({error}): mend or "
+            "reinstall the package that registers it"
+        ) from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Router)):
+        raise UsageError(
+            f"router kind {kind!r} is {entry.value}, which is no subclass of "
+            "routellm.routers.Router: mend the package that registers it"
+        )
+    return loaded
+
+
+def make_router(
+    kind: str, encoder: Encoder, pair: Pair, options: Mapping[str, Any] | None = None
+) -> Router:
+    """Return an untrained router.
+
+    Parameters
+    ----------
+    options : mapping, optional
+        Values for fields of the kind's `Options`.
+
+    Raises
+    ------
+    UsageError
+        If there is no such kind, or it has no such option.
+    """
+    cls = router_class(kind)
+    try:
+        return cls(encoder, pair, cls.Options.model_validate(dict(options or {})))
+    except InvalidOptions as error:
+        first = error.errors()[0]
+        known = ", ".join(cls.Options.model_fields) or "none"
+        raise UsageError(
+            f"training.options.{kind}.{'.'.join(map(str, first['loc']))}: {first['msg']} (its "
+            f"options: {known}); see docs/routers.md"
+        ) from error

@@ -13,13 +13,14 @@ The win rate is ``level + sum_i w_i r_i / (sum_i w_i + prior)`` with
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from routellm.embeddings.base import Encoder, Progress
-from routellm.routers.base import Arrays, FitReport, Pair, Router, TrainingBattles
+from routellm.embeddings.base import Progress
+from routellm.routers.base import Arrays, FitReport, Router, TrainingBattles
 
 SHARPNESS = (2.5, 5.0, 10.0, 20.0, 40.0)
 _BLOCK = 1024  # prompts compared at once
@@ -47,6 +48,7 @@ class KNearestRouter(Router):
         *,
         rng: np.random.Generator,
         progress: Progress | None = None,
+        checkpoint: Path | None = None,
     ) -> FitReport:
         rows, preference = battles.of_pair()
         weight, kind = battles.weight[rows], battles.label_kind[rows]
@@ -103,15 +105,7 @@ class KNearestRouter(Router):
         }
         return arrays, {"level": self.level_, "sharpness": self.sharpness_}
 
-    @classmethod
-    def from_state(
-        cls, encoder: Encoder, pair: Pair, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]
-    ) -> KNearestRouter:
-        router = cls(encoder, pair)
-        router.embeddings_ = arrays["embeddings"]
-        router.residual_, router.count_ = arrays["residual"], arrays["count"]
-        router.level_, router.sharpness_ = float(doc["level"]), float(doc["sharpness"])
-        return router
-
-
-ROUTER = KNearestRouter
+    def load_state(self, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]) -> None:
+        self.embeddings_ = arrays["embeddings"]
+        self.residual_, self.count_ = arrays["residual"], arrays["count"]
+        self.level_, self.sharpness_ = float(doc["level"]), float(doc["sharpness"])

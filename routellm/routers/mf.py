@@ -13,18 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from routellm.embeddings.base import Encoder, Progress
+from routellm.embeddings.base import Progress
 from routellm.errors import TrainingError
 from routellm.ratings import sigmoid
 from routellm.routers.base import (
     Arrays,
     FitReport,
-    Pair,
     Router,
     TrainingBattles,
     cross_entropy,
@@ -69,6 +69,7 @@ class MatrixFactorizationRouter(Router):
         *,
         rng: np.random.Generator,
         progress: Progress | None = None,
+        checkpoint: Path | None = None,
     ) -> FitReport:
         train = np.flatnonzero(~battles.validation)
         held, preference = battles.pair_validation()
@@ -206,15 +207,7 @@ class MatrixFactorizationRouter(Router):
         }
         return arrays, {"models": list(self.models_)}
 
-    @classmethod
-    def from_state(
-        cls, encoder: Encoder, pair: Pair, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]
-    ) -> MatrixFactorizationRouter:
-        router = cls(encoder, pair)
-        router.models_ = tuple(doc["models"])
+    def load_state(self, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]) -> None:
+        self.models_ = tuple(doc["models"])
         names = ("vectors", "projection", "bias", "head", "level")
-        router._set(tuple(arrays[name] for name in names))
-        return router
-
-
-ROUTER = MatrixFactorizationRouter
+        self._set(tuple(arrays[name] for name in names))

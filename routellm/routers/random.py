@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from routellm.embeddings.base import Encoder, Progress
-from routellm.routers.base import Arrays, FitReport, Pair, Router, TrainingBattles
+from routellm.embeddings.base import Progress
+from routellm.routers.base import Arrays, FitReport, Router, TrainingBattles
 
 
 class RandomRouter(Router):
@@ -21,10 +22,8 @@ class RandomRouter(Router):
     """
 
     kind = "random"
-
-    def __init__(self, encoder: Encoder, pair: Pair, seed: int = 0) -> None:
-        super().__init__(encoder, pair)
-        self.seed = seed
+    reads_embeddings = False
+    seed = 0
 
     def fit(
         self,
@@ -32,13 +31,10 @@ class RandomRouter(Router):
         *,
         rng: np.random.Generator,
         progress: Progress | None = None,
+        checkpoint: Path | None = None,
     ) -> FitReport:
         self.seed = int(rng.integers(2**31))
         return FitReport(params={"seed": self.seed}, metrics={}, history={})
-
-    def win_rate(self, prompts: Sequence[str]) -> NDArray[np.float64]:
-        # no embedding: nothing of the prompt's meaning is used
-        return self.score(prompts, np.empty((len(prompts), 0), dtype=np.float32))
 
     def score(self, prompts: Sequence[str], embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
         salt = str(self.seed).encode()
@@ -51,11 +47,5 @@ class RandomRouter(Router):
     def state(self) -> tuple[Arrays, dict[str, Any]]:
         return {}, {"seed": self.seed}
 
-    @classmethod
-    def from_state(
-        cls, encoder: Encoder, pair: Pair, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]
-    ) -> RandomRouter:
-        return cls(encoder, pair, seed=int(doc["seed"]))
-
-
-ROUTER = RandomRouter
+    def load_state(self, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]) -> None:
+        self.seed = int(doc["seed"])

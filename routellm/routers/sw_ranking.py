@@ -14,25 +14,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from scipy import sparse
 
-from routellm.embeddings.base import Encoder, Progress
+from routellm.embeddings.base import Progress
 from routellm.ratings import RIDGE, fit_bradley_terry, sigmoid
 from routellm.routers.base import (
     Arrays,
     FitReport,
-    Pair,
     Router,
+    RouterOptions,
     TrainingBattles,
     cross_entropy,
 )
 
-GAMMA = 10.0  # paper, section 4.2
 _BLOCK_BYTES = 64 * 2**20  # of similarities held at once
+
+
+class SWRankingOptions(RouterOptions):
+    """Options of ``sw_ranking``."""
+
+    gamma: float = Field(10.0, gt=1, description="base of a battle's weight (paper, section 4.2)")
 
 
 class SWRankingRouter(Router):
@@ -49,10 +56,7 @@ class SWRankingRouter(Router):
     """
 
     kind = "sw_ranking"
-
-    def __init__(self, encoder: Encoder, pair: Pair, *, gamma: float = GAMMA) -> None:
-        super().__init__(encoder, pair)
-        self.gamma = gamma
+    Options = SWRankingOptions
 
     def fit(
         self,
@@ -60,6 +64,7 @@ class SWRankingRouter(Router):
         *,
         rng: np.random.Generator,
         progress: Progress | None = None,
+        checkpoint: Path | None = None,
     ) -> FitReport:
         choices = battles.weightings()
         held, preference = battles.pair_validation()
@@ -82,7 +87,7 @@ class SWRankingRouter(Router):
         self._solve(replace(battles, weight=choices[chosen]))
         t = self.n_tiers_
         return FitReport(
-            params={"gamma": self.gamma, "tiers": t, "ridge": RIDGE, "pair_raised": chosen},
+            params={"gamma": self.options.gamma, "tiers": t, "ridge": RIDGE, "pair_raised": chosen},
             metrics={
                 "strong_tier": float(self.tiers_[self.pair.strong]),
                 "weak_tier": float(self.tiers_[self.pair.weak]),
@@ -124,7 +129,7 @@ class SWRankingRouter(Router):
             block = slice(start, min(start + step, n))
             similarity = (embeddings[block] @ self.embeddings_.T).astype(np.float64)  # (b, u)
             largest = np.maximum(similarity.max(axis=1, keepdims=True), 1e-9)
-            omega = self.gamma ** (1.0 + similarity / largest)
+            omega = self.options.gamma ** (1.0 + similarity / largest)
             # scaled to the number of prompts, so that the prior weighs the same for every query
             omega *= omega.shape[1] / omega.sum(axis=1, keepdims=True)
             wins = (transposed @ omega.T).T  # (b, t * t)
@@ -138,21 +143,13 @@ class SWRankingRouter(Router):
             "wins_indices": self.wins_.indices.astype(np.int64),
             "wins_indptr": self.wins_.indptr.astype(np.int64),
         }
-        return arrays, {"gamma": self.gamma, "n_tiers": self.n_tiers_, "tiers": self.tiers_}
+        return arrays, {"n_tiers": self.n_tiers_, "tiers": self.tiers_}
 
-    @classmethod
-    def from_state(
-        cls, encoder: Encoder, pair: Pair, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]
-    ) -> SWRankingRouter:
-        router = cls(encoder, pair, gamma=float(doc["gamma"]))
-        router.embeddings_ = arrays["embeddings"]
-        router.n_tiers_ = int(doc["n_tiers"])
-        router.tiers_ = {str(k): int(v) for k, v in doc["tiers"].items()}
-        router.wins_ = sparse.csr_matrix(
+    def load_state(self, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]) -> None:
+        self.embeddings_ = arrays["embeddings"]
+        self.n_tiers_ = int(doc["n_tiers"])
+        self.tiers_ = {str(k): int(v) for k, v in doc["tiers"].items()}
+        self.wins_ = sparse.csr_matrix(
             (arrays["wins_data"], arrays["wins_indices"], arrays["wins_indptr"]),
-            shape=(len(router.embeddings_), router.n_tiers_**2),
+            shape=(len(self.embeddings_), self.n_tiers_**2),
         )
-        return router
-
-
-ROUTER = SWRankingRouter

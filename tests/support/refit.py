@@ -12,7 +12,7 @@ def plain_refit(router, battles, embedding):
     tier = np.array([router.tiers_[m] for m in battles.models])
     t = router.n_tiers_
     similarity = (battles.embeddings @ embedding).astype(np.float64)
-    omega = router.gamma ** (1.0 + similarity / similarity.max())
+    omega = router.options.gamma ** (1.0 + similarity / similarity.max())
     omega *= len(omega) / omega.sum()
     weight = omega[battles.prompt] * battles.weight
     a, b = tier[battles.model_a], tier[battles.model_b]

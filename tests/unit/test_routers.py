@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from routellm.errors import TrainingError, UsageError
-from routellm.routers import ROUTER_MODULES, Pair, router_class
+from routellm.routers import Pair, make_router, router_class, router_kinds
 from routellm.training import train
 from tests.support.refit import plain_refit
 
@@ -16,7 +16,7 @@ def test_a_router_learns_which_prompts_need_the_strong_model(kind, planted, enco
     assert hard > easy + 0.02
 
 
-@pytest.mark.parametrize("kind", ROUTER_MODULES)
+@pytest.mark.parametrize("kind", router_kinds())
 def test_win_rates_are_probabilities_and_one_prompt_is_a_batch_of_one(kind, planted, encoder):
     router, _ = train(kind, planted, encoder, seed=0)
     rates = router.win_rate([HARD, EASY, "", "unseen \ud800 words"])
@@ -26,7 +26,7 @@ def test_win_rates_are_probabilities_and_one_prompt_is_a_batch_of_one(kind, plan
     assert router.win_rate([]).shape == (0,)
 
 
-@pytest.mark.parametrize("kind", ROUTER_MODULES)
+@pytest.mark.parametrize("kind", router_kinds())
 def test_the_same_battles_and_seed_give_the_same_router(kind, planted, encoder):
     one, _ = train(kind, planted, encoder, seed=3)
     two, _ = train(kind, planted, encoder, seed=3)
@@ -35,10 +35,11 @@ def test_the_same_battles_and_seed_give_the_same_router(kind, planted, encoder):
     assert one.state()[1] == two.state()[1]
 
 
-@pytest.mark.parametrize("kind", ROUTER_MODULES)
+@pytest.mark.parametrize("kind", router_kinds())
 def test_state_rebuilds_the_router(kind, planted, encoder):
     router, _ = train(kind, planted, encoder, seed=0)
-    again = router_class(kind).from_state(encoder, router.pair, *router.state())
+    again = make_router(kind, encoder, router.pair)
+    again.load_state(*router.state())
     assert again.win_rate([HARD, EASY]) == pytest.approx(router.win_rate([HARD, EASY]), abs=1e-9)
 
 
