@@ -131,6 +131,16 @@ def validate(staged: Staged, store: SnapshotStore, settings: Settings) -> Valida
     )
 
 
+def _root(settings: Settings) -> Path:
+    return settings.home / "gx"
+
+
+def data_docs(settings: Settings) -> Path | None:
+    """Return the index page of the Data Docs, if any were built."""
+    page = _root(settings) / "gx" / "uncommitted" / "data_docs" / "local_site" / "index.html"
+    return page if page.exists() else None
+
+
 def validate_snapshot(manifest: Manifest, store: SnapshotStore, settings: Settings) -> Validation:
     """Check a published snapshot again, under the rules as they are set now."""
     store.verify(manifest)
@@ -276,7 +286,7 @@ def _run(
     import pandas as pd
     from great_expectations.checkpoint import UpdateDataDocsAction
 
-    root = settings.home / "gx"
+    root = _root(settings)
     root.mkdir(parents=True, exist_ok=True)
     context = gx.get_context(mode="file", project_root_dir=root)
     context.variables.progress_bars = {"globally": False}
@@ -308,8 +318,7 @@ def _run(
         outcome = checkpoint.run(batch_parameters={"dataframe": data})
         for one in next(iter(outcome.run_results.values())).results:
             results.append(_read_result(one, settings.validation, failing, figures, len(data)))
-    docs = root / "gx" / "uncommitted" / "data_docs" / "local_site" / "index.html"
-    return tuple(results), docs if docs.exists() else None
+    return tuple(results), data_docs(settings)
 
 
 def _read_result(

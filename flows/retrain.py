@@ -2,7 +2,9 @@
 
 Each task is one call into the library or the registry. What was done before is known by content
 (a source's fingerprint, a snapshot's digest, a router's training key), not by Prefect's cache: a
-version that someone deleted is trained again, and a cache never hands back what is gone.
+version that someone deleted is trained again, and a cache never hands back what is gone. Between
+training and registering, a router is a folder named by its training key: a run that is killed
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, task
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 import expectations
@@ -20,19 +23,24 @@ from flows.steps import step
 from flows.work import (
     Measured,
     Plan,
+    Trained,
     embedded,
+    evaluate_router,
     find_done,
+    kinds_to_train,
     log_curves,
     measured_version,
     named_benchmarks,
     plan_of,
     promote_best,
-    train_and_register,
+    register_router,
+    train_router,
 )
 from registry import Decision, Registry, VersionInfo, connect
 from registry.log import retraining_run
 from routellm.embeddings import get_encoder
-from routellm.errors import UsageError
+from routellm.errors import RegistryError, SourceUnreachable, UsageError
+from routellm.evaluation.evaluate import Evaluation
 from routellm.ingest import Staged, stage
 from routellm.settings import Settings
 from routellm.snapshots import Manifest, SnapshotStore
@@ -67,7 +75,18 @@ class Retraining:
     warnings: tuple[str, ...] = field(default_factory=tuple)
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+async def _may_pass(task: Any, run: Any, state: Any) -> bool:
+    """Say whether what a task died of can be gone at another time."""
+    error = await state.result(raise_on_failure=False)
+    return isinstance(error, SourceUnreachable | RegistryError)
+
+
+def _task(**options: Any) -> Any:
+    # results hold battles and weights, which belong in our own folders, not in Prefect's storage
+    return task(cache_policy=NO_CACHE, persist_result=False, **options)
+
+
+@_task(retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=_may_pass)
 def ingest(sources: Sequence[str], store: SnapshotStore, settings: Settings) -> Staged:
     with step("ingest") as line:
         staged = stage(sources, store, settings)
@@ -80,7 +99,7 @@ def ingest(sources: Sequence[str], store: SnapshotStore, settings: Settings) -> 
     return staged
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+@_task()
 def validate(
     staged: Staged, store: SnapshotStore, settings: Settings
 ) -> tuple[Manifest, Path | None, tuple[str, ...]]:
@@ -90,7 +109,7 @@ def validate(
                 if staged.previous is None:
                     raise UsageError("the sources hold no battles: give another --source")
                 line.result = f"snapshot {staged.previous.digest[:12]} passed before"
-                return staged.previous, None, ()
+                return staged.previous, expectations.data_docs(settings), ()
             found = expectations.validate(staged, store, settings)
             found.raise_if_failed()
             manifest = store.commit(
@@ -110,31 +129,58 @@ def validate(
                 if not r.passed and r.kind == "set"
             )
             line.notes.extend(warnings)
+            if found.data_docs:
+                create_link_artifact(
+                    found.data_docs.resolve().as_uri(), key="data-docs", link_text="Data Docs"
+                )
             return manifest, found.data_docs, warnings
         finally:
             staged.discard()
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+@_task()
 def augment(plan: Plan, settings: Settings) -> None:
     with step("augment") as line:
         prepared = embedded(plan, settings, line.advance)
-        kinds = ", ".join(f"{n:,} {k}" for k, n in prepared.by_label_kind.items())
+        weights = prepared.label_weights.weights
+        kinds = ", ".join(
+            f"{n:,} {k} (weight {weights.get(k, 1.0):g})" for k, n in prepared.by_label_kind.items()
+        )
         line.result = f"{kinds}; {len(prepared.battles.prompts):,} distinct prompts embedded"
 
 
-@task(cache_policy=NO_CACHE, persist_result=False, task_run_name="train-{kind}")
-def train(kind: str, plan: Plan, registry: Registry, settings: Settings, parent: str) -> Measured:
-    with step(kind) as line:
-        measured = train_and_register(kind, plan, registry, settings, parent, line.advance)
-        figures = ", ".join(
-            f"{name} {e.exact.apgr.value:.3f}" for name, e in measured.evaluations.items()
+@_task(task_run_name="train-{kind}")
+def train(kind: str, plan: Plan, settings: Settings) -> Trained:
+    with step(f"train {kind}") as line:
+        trained = train_router(kind, plan, settings, line.advance)
+        line.result = f"key {trained.key[:12]}"
+    return trained
+
+
+@_task(task_run_name="evaluate-{trained.kind}")
+def evaluate(trained: Trained, plan: Plan, settings: Settings) -> dict[str, Evaluation]:
+    with step("evaluate") as line:
+        found = evaluate_router(trained, plan, settings)
+        line.result = "APGR " + ", ".join(
+            f"{name} {one.exact.apgr.value:.3f}" for name, one in found.items()
         )
-        line.result = f"v{measured.version.version}, APGR {figures}"
+    return found
+
+
+@_task(
+    task_run_name="register-{trained.kind}",
+    retries=2,
+    retry_delay_seconds=[2, 10],
+    retry_condition_fn=_may_pass,
+)
+def register(trained: Trained, plan: Plan, registry: Registry, parent: str) -> Measured:
+    with step("register") as line:
+        measured = register_router(trained, plan, registry, parent)
+        line.result = f"version {measured.version.version} ({trained.kind})"
     return measured
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+@_task()
 def promote(measured: Sequence[Measured], plan: Plan, registry: Registry) -> Decision:
     with step("promote") as line:
         decision = promote_best(measured, plan, registry)
@@ -160,25 +206,33 @@ def retrain(
     if any(simulated) and not all(simulated):
         raise UsageError("simulated and real sources cannot share a snapshot: run them apart")
     if settings.evaluation.benchmarks:  # refused before anything is ingested
-        named_benchmarks(settings.evaluation.benchmarks)
+        named_benchmarks(settings.evaluation.benchmarks, settings.home)
     registry = connect(settings)
     store = SnapshotStore(settings.snapshots_dir(simulated=all(simulated)))
     staged = ingest(names, store, settings)
     manifest, docs, warnings = validate(staged, store, settings)
     encoder = get_encoder(settings.embedding, settings.embeddings_path)
     plan = plan_of(manifest, store, encoder, names, settings)
-    done = find_done(plan, registry, settings)
-    missing = [kind for kind in settings.training.routers if kind not in done]
-    measured = [measured_version(done[k], registry) for k in settings.training.routers if k in done]
-    if done:
-        with step("reuse") as line:
-            line.result = "trained before on the same content: " + ", ".join(
-                f"{kind} (version {v.version})" for kind, v in done.items()
+    kinds, skipped = kinds_to_train(plan, settings)
+    done = find_done(kinds, plan, registry, settings)
+    measured = [measured_version(version, registry) for version in done.values()]
+    if done or skipped:
+        with step("reuse" if done else "skip") as line:
+            line.result = (
+                "trained before on the same content: "
+                + ", ".join(f"{kind} (version {v.version})" for kind, v in done.items())
+                if done
+                else "not to be trained on this machine: " + ", ".join(skipped)
             )
+            line.notes.extend(f"{kind}: {why}" for kind, why in skipped.items())
+    missing = [kind for kind in kinds if kind not in done]
     if missing:
         augment(plan, settings)
-        with retraining_run(registry, manifest, f"retrain {manifest.digest[:12]}") as parent:
-            measured += [train(kind, plan, registry, settings, parent) for kind in missing]
+        with retraining_run(registry, manifest, docs, plan.label_weights) as parent:
+            for kind in missing:
+                trained = train(kind, plan, settings)
+                evaluate(trained, plan, settings)
+                measured.append(register(trained, plan, registry, parent))
             log_curves(measured, registry)
     decision = promote(measured, plan, registry) if move_alias else None
     champion = registry.champion()
@@ -188,7 +242,7 @@ def retrain(
         primary=plan.primary,
         trained=tuple(missing),
         reused=tuple(done),
-        measured=tuple(sorted(measured, key=lambda m: settings.training.routers.index(m.kind))),
+        measured=tuple(sorted(measured, key=lambda m: kinds.index(m.kind))),
         champion=champion,
         champion_why=str(registry.state().get("why", "")),
         decision=decision,

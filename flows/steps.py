@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
+from uuid import UUID
 
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.context import TaskRunContext
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+ARTIFACT_EVERY_S = 3.0  # an update is a request to Prefect's server
 
 console = Console(stderr=True, highlight=False)
 
@@ -21,12 +28,25 @@ class Step:
     bar: Progress
     task: TaskID
     result: str = ""
-    done: bool = False
     notes: list[str] = field(default_factory=list)
+    shown_at: float = field(default_factory=time.monotonic)
+    artifact: UUID | None = None
 
     def advance(self, done: int, total: int) -> None:
-        """Show how far along the step is."""
+        """Show how far along the step is, here and (every few seconds) in Prefect's UI."""
         self.bar.update(self.task, completed=done, total=total)
+        now = time.monotonic()
+        if now - self.shown_at < ARTIFACT_EVERY_S or TaskRunContext.get() is None:
+            return
+        self.shown_at = now
+        percent = 100.0 * done / max(total, 1)
+        if self.artifact is None:
+            key = re.sub(r"[^a-z0-9]+", "-", self.name.lower())
+            self.artifact = cast(
+                UUID, create_progress_artifact(progress=percent, key=key, description=self.name)
+            )
+        else:
+            update_progress_artifact(artifact_id=self.artifact, progress=percent)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,18 @@ from registry import Decision, Gate, GateInput, Registry, VersionInfo
 from registry.judge import gate_input
 from registry.log import log_version
 from routellm import __version__, training
-from routellm.bundle import Bundle, content_key, golden_predictions
+from routellm.bundle import Bundle, content_key, golden_predictions, load_bundle, save_bundle
 from routellm.calibration import Calibration
 from routellm.embeddings import Encoder, Progress
 from routellm.errors import BenchmarkError, UsageError
 from routellm.evaluation.benchmarks import Benchmark, load_benchmarks
 from routellm.evaluation.contamination import largest_similarity
 from routellm.evaluation.evaluate import Evaluation, evaluate
+from routellm.evaluation.fetch import fetch_published
 from routellm.evaluation.plots import plot_curves
-from routellm.routers.base import Pair, Router
+from routellm.routers.base import FitReport, Pair, Router, make_router, router_kinds
 from routellm.settings import PAPER_STRONG, PAPER_WEAK, Settings
-from routellm.snapshots import Manifest, SnapshotStore
+from routellm.snapshots import Manifest, SnapshotStore, write_atomic
 
 SPEED_QUERIES = 64
 
@@ -52,6 +53,11 @@ class Plan:
     primary: str
     prepared: training.Prepared | None = None
     clean: dict[str, Clean] = field(default_factory=dict)
+
+    @property
+    def label_weights(self) -> dict[str, float]:
+        """How much each label kind counts, once the battles are embedded."""
+        return dict(self.prepared.label_weights.weights) if self.prepared else {}
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def plan_of(
 
 def _benchmarks(manifest: Manifest, sources: Sequence[str], settings: Settings) -> list[Benchmark]:
     if settings.evaluation.benchmarks:
-        return named_benchmarks(settings.evaluation.benchmarks)
+        return named_benchmarks(settings.evaluation.benchmarks, settings.home)
     if manifest.simulated:
         from routellm.sources.simulated import simulated_benchmark
 
@@ -113,9 +119,16 @@ def _benchmarks(manifest: Manifest, sources: Sequence[str], settings: Settings) 
     return [b for folder in folders for b in load_benchmarks(folder)]
 
 
-def named_benchmarks(folder: str) -> list[Benchmark]:
-    """Return the benchmarks in a folder that a person named; there must be one."""
-    found = load_benchmarks(Path(folder))
+def named_benchmarks(folder: str, home: Path) -> list[Benchmark]:
+    """Return the benchmarks in a folder that a person named, or the paper's own (`routellm`).
+
+    Raises
+    ------
+    BenchmarkError
+        If there are none, or they cannot be fetched.
+    """
+    path = fetch_published(home / "benchmarks") if folder == "routellm" else Path(folder)
+    found = load_benchmarks(path)
     if not found:
         raise BenchmarkError(
             f"no benchmark tables in {folder}: expected mmlu.parquet, gsm8k.parquet, "
@@ -139,15 +152,17 @@ def training_key(kind: str, plan: Plan, settings: Settings) -> str:
     )
 
 
-def find_done(plan: Plan, registry: Registry, settings: Settings) -> dict[str, VersionInfo]:
-    """Return the versions that this retraining would make again."""
-    keys = {training_key(kind, plan, settings): kind for kind in settings.training.routers}
+def find_done(
+    kinds: Sequence[str], plan: Plan, registry: Registry, settings: Settings
+) -> dict[str, VersionInfo]:
+    """Return the versions that this retraining would make again, by kind."""
+    keys = {training_key(kind, plan, settings): kind for kind in kinds}
     done: dict[str, VersionInfo] = {}
     for version in registry.versions():
         kind = keys.get(version.tags.get("training_key", ""))
         if kind is not None:
             done.setdefault(kind, version)
-    return {kind: done[kind] for kind in settings.training.routers if kind in done}
+    return {kind: done[kind] for kind in kinds if kind in done}
 
 
 def measured_version(version: VersionInfo, registry: Registry) -> Measured:
@@ -191,17 +206,36 @@ def embedded(plan: Plan, settings: Settings, progress: Progress | None = None) -
     return prepared
 
 
-def train_and_register(
-    kind: str,
-    plan: Plan,
-    registry: Registry,
-    settings: Settings,
-    parent: str,
-    progress: Progress | None = None,
-) -> Measured:
-    """Train one router, measure it, and register it as a version."""
+@dataclass(frozen=True)
+class Trained:
+    """A trained router on disk: what one task hands to the next, and what a killed run left.
+
+    The folder is named by the training key, so whatever it holds was made from the same battles,
+    settings and code, and need not be made again.
+    """
+
+    kind: str
+    key: str
+    folder: Path
+
+    @property
+    def bundle(self) -> Path:
+        return self.folder / "bundle"
+
+    @property
+    def figures(self) -> Path:
+        return self.folder / "figures.json"
+
+
+def train_router(
+    kind: str, plan: Plan, settings: Settings, progress: Progress | None = None
+) -> Trained:
+    """Train one router and keep it, with its calibration and golden predictions, as files."""
+    key = training_key(kind, plan, settings)
+    trained = Trained(kind, key, settings.home / "trained" / key)
     prepared = embedded(plan, settings)
-    checkpoint = settings.home / "checkpoints" / training_key(kind, plan, settings)
+    if trained.bundle.exists():  # made whole or not at all: a run was killed after it
+        return trained
     router, report = training.train(
         kind,
         prepared.battles,
@@ -209,11 +243,9 @@ def train_and_register(
         seed=settings.training.seed,
         options=settings.training.options.get(kind),
         progress=progress,
-        checkpoint=checkpoint,
+        checkpoint=trained.folder / "checkpoint",
     )
-    evaluations = measure(router, plan, settings)
     sample = plan.clean[plan.primary]
-    queries_per_s, latency_ms = speed(router, sample.benchmark.prompts)
     bundle = Bundle(
         router=router,
         embedding=settings.embedding,
@@ -226,18 +258,78 @@ def train_and_register(
         simulated=plan.manifest.simulated,
         code_version=__version__,
     )
-    version = log_version(
-        registry,
-        bundle,
-        report,
+    write_atomic(trained.folder / "report.json", json.dumps(asdict(report)))
+    save_bundle(bundle, trained.bundle)
+    shutil.rmtree(trained.folder / "checkpoint", ignore_errors=True)
+    return trained
+
+
+def evaluate_router(trained: Trained, plan: Plan, settings: Settings) -> dict[str, Evaluation]:
+    """Measure a trained router on every clean benchmark, and its speed; keep the figures."""
+    embedded(plan, settings)
+    if trained.figures.exists():
+        return _figures(trained)[0]
+    router = load_bundle(trained.bundle, encoder=plan.encoder).router
+    evaluations = measure(router, plan, settings)
+    queries_per_s, latency_ms = speed(router, plan.clean[plan.primary].benchmark.prompts)
+    document = {
+        "evaluations": {name: one.to_dict() for name, one in evaluations.items()},
+        "speed": {"queries_per_s": queries_per_s, "latency_ms_p50": latency_ms},
+    }
+    write_atomic(trained.figures, json.dumps(document))
+    return evaluations
+
+
+def register_router(trained: Trained, plan: Plan, registry: Registry, parent: str) -> Measured:
+    """Register a trained and measured router as a version, once, and clear its folder."""
+    evaluations, measured_speed = _figures(trained)
+    version = registry.find_trained(trained.key)
+    if version is None:
+        version = log_version(
+            registry,
+            load_bundle(trained.bundle, encoder=plan.encoder),
+            FitReport(**json.loads((trained.folder / "report.json").read_text())),
+            evaluations,
+            plan.manifest,
+            training_key=trained.key,
+            speed=measured_speed,
+            parent_run_id=parent,
+        )
+    shutil.rmtree(trained.folder, ignore_errors=True)
+    return Measured(
+        trained.kind,
+        version,
         evaluations,
-        plan.manifest,
-        training_key=training_key(kind, plan, settings),
-        speed={"queries_per_s": queries_per_s, "latency_ms_p50": latency_ms},
-        parent_run_id=parent,
+        measured_speed["queries_per_s"],
+        measured_speed["latency_ms_p50"],
     )
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    return Measured(kind, version, evaluations, queries_per_s, latency_ms)
+
+
+def _figures(trained: Trained) -> tuple[dict[str, Evaluation], dict[str, float]]:
+    document = json.loads(trained.figures.read_text())
+    found = document["evaluations"].items()
+    return {name: Evaluation.from_dict(one) for name, one in found}, document["speed"]
+
+
+def kinds_to_train(plan: Plan, settings: Settings) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the router kinds to train, and why others cannot be trained on this machine.
+
+    Raises
+    ------
+    UsageError
+        If a kind that was asked for by name is unknown or cannot be trained here.
+    """
+    asked = settings.training.routers
+    kinds = router_kinds() if "all" in asked else asked
+    skipped = {}
+    for kind in kinds:
+        options = settings.training.options.get(kind)
+        why = make_router(kind, plan.encoder, plan.pair, options).unavailable()
+        if why and kind in asked:
+            raise UsageError(f"router kind {kind} cannot be trained here: {why}")
+        if why:
+            skipped[kind] = why
+    return tuple(k for k in kinds if k not in skipped), skipped
 
 
 def measure(router: Router, plan: Plan, settings: Settings) -> dict[str, Evaluation]:

@@ -21,13 +21,33 @@ MODEL_CODE = Path(__file__).with_name("model_code.py")
 
 
 @contextlib.contextmanager
-def retraining_run(registry: Registry, manifest: Manifest, name: str) -> Iterator[str]:
-    """Open the parent run of one retraining; yields its id."""
+def retraining_run(
+    registry: Registry,
+    manifest: Manifest,
+    data_docs: Path | None = None,
+    label_weights: Mapping[str, float] | None = None,
+) -> Iterator[str]:
+    """Open the parent run of one retraining; yields its id.
+
+    It shows what the snapshot was held to (``validation.json`` as a table) and links the Data
+    Docs in its description.
+    """
     import mlflow
 
-    with _said(registry.settings), mlflow.start_run(run_name=name) as run:
-        mlflow.set_tags({"snapshot": manifest.digest, "simulated": str(manifest.simulated).lower()})
-        mlflow.log_dict({"validation": manifest.validation["rules"]}, "validation.json")
+    label = f"retrain {manifest.digest[:12]}"
+    with _said(registry.settings), mlflow.start_run(run_name=label) as run:
+        tags = {"snapshot": manifest.digest, "simulated": str(manifest.simulated).lower()}
+        told = f"Snapshot `{manifest.digest[:12]}`, {manifest.rows:,} battles."
+        if data_docs is not None:
+            uri = data_docs.resolve().as_uri()
+            tags["data_docs"] = uri
+            told += f" What it was held to: [Data Docs]({uri}), or the artifact `validation.json`."
+        mlflow.set_tags({**tags, "mlflow.note.content": told})
+        mlflow.log_params({f"label_weight.{kind}": w for kind, w in (label_weights or {}).items()})
+        rules = manifest.validation["rules"]
+        if rules:
+            columns = {name: [rule[name] for rule in rules] for name in rules[0]}
+            mlflow.log_table(columns, "validation.json")
         yield run.info.run_id
 
 

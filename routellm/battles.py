@@ -99,13 +99,18 @@ def digest_of_ids(ids: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+_SPLIT_SALT = b"routellm/split/1:"
+
+
 def prompt_split(prompt: str, *, validation_share: float, heldout_share: float) -> str:
     """Say which split a prompt belongs to: ``heldout``, ``validation`` or ``train``.
 
     The prompt's own hash decides, so a prompt stays on its side as snapshots grow and no
-    prompt is ever on two sides.
+    prompt is ever on two sides. The hash is salted: publishers split their sets by a plain hash
+    too, and with the same one a published part falls on one side as a whole.
     """
-    raw = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()[:8]
+    salted = _SPLIT_SALT + prompt.encode("utf-8", "surrogatepass")
+    raw = hashlib.sha256(salted).digest()[:8]
     u = int.from_bytes(raw, "big") / 2**64
     if u < heldout_share:
         return "heldout"

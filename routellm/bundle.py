@@ -139,8 +139,15 @@ def save_bundle(bundle: Bundle, directory: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_bundle(directory: Path, *, cache_path: Path | None = None) -> Bundle:
+def load_bundle(
+    directory: Path, *, cache_path: Path | None = None, encoder: Encoder | None = None
+) -> Bundle:
     """Read a bundle, checking every file against its digest.
+
+    Parameters
+    ----------
+    encoder : Encoder, optional
+        One that is loaded already; by default the one that the bundle describes.
 
     Raises
     ------
@@ -160,7 +167,7 @@ def load_bundle(directory: Path, *, cache_path: Path | None = None) -> Bundle:
         doc = json.loads((directory / "router.json").read_text())
         arrays: dict[str, NDArray[Any]] = load_file(directory / "weights.safetensors")
         embedding = EmbeddingSettings(**doc["embedding"])
-        encoder: Encoder = get_encoder(embedding, cache_path)
+        encoder = encoder or get_encoder(embedding, cache_path)
         if router_class(doc["kind"]).reads_embeddings and encoder.identity != doc["encoder"]:
             raise BundleError(
                 f"the router in {directory} was trained on {doc['encoder']}, found "

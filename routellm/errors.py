@@ -5,11 +5,13 @@
     RouteLLMError                   exit status 1
     ├── UsageError                  exit status 2: the caller asked for something that cannot be
     ├── SourceError                 a source cannot be read (missing, truncated, wrong shape)
+    │   └── SourceUnreachable       its host did not answer: worth another try
     ├── SnapshotError               a snapshot is missing, damaged or cannot be written
     ├── ValidationError             a critical expectation failed; nothing was trained
     ├── EmbeddingError              an encoder is missing, damaged or did not answer
     ├── BenchmarkError              a benchmark table is missing, damaged or lacks the pair's models
     ├── TrainingError               a router cannot be trained on these battles
+    ├── JudgeError                  the LLM judge cannot be asked, or its run stopped early
     ├── BundleError                 a saved router is missing a file, damaged or of another kind
     ├── RegistryError               MLflow did not answer, or has no such version or alias
     └── GatewayError                a request the gateway refuses or cannot serve (carries a status)
@@ -34,6 +36,10 @@ class SourceError(RouteLLMError):
     """A source of battles is missing, truncated, or not in a shape we know."""
 
 
+class SourceUnreachable(SourceError):
+    """The host of a source did not answer; it may at another time."""
+
+
 class SnapshotError(RouteLLMError):
     """A snapshot is missing, damaged, or could not be written."""
 
@@ -52,6 +58,10 @@ class BenchmarkError(RouteLLMError):
 
 class TrainingError(RouteLLMError):
     """A router cannot be trained on the given battles."""
+
+
+class JudgeError(RouteLLMError):
+    """The judge's endpoint or its cache cannot be used, or the run stopped before its end."""
 
 
 class BundleError(RouteLLMError):

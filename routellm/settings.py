@@ -84,10 +84,16 @@ class TrainingSettings(_Group):
     """How routers are trained."""
 
     routers: tuple[str, ...] = Field(
-        ("random", "sw_ranking", "mf", "knn"), description="router kinds to train"
+        ("random", "sw_ranking", "mf", "knn"),
+        description="router kinds to train, or `all` that can be trained on this machine",
     )
     augment: tuple[Literal["golden", "judge", "human", "feedback"], ...] = Field(
         ("human", "golden", "judge", "feedback"), description="label kinds to train on"
+    )
+    label_weights: dict[str, float] | None = Field(
+        None,
+        description="how much each label kind counts; by default chosen on the pair's battles of "
+        "the most trusted kind",
     )
     validation_share: float = Field(
         0.1, gt=0, lt=0.5, description="prompts kept to choose epochs and neighbours"
@@ -96,6 +102,30 @@ class TrainingSettings(_Group):
     seed: int = Field(0, ge=0, description="seed of everything random")
     options: dict[str, dict[str, Any]] = Field(
         {}, description="by router kind, its own options; docs/routers.md lists them"
+    )
+
+
+class JudgeSettings(_Group):
+    """The LLM that judges recorded answers."""
+
+    base_url: str | None = Field(
+        None, description="OpenAI-compatible endpoint of the judge, up to and including /v1"
+    )
+    model: str = Field("gpt-4-1106-preview", description="model that judges")
+    api_key: SecretStr | None = Field(None, description="sent as a bearer token; never logged")
+    concurrency: int = Field(8, ge=1, le=256, description="calls in flight at once")
+    timeout_s: float = Field(60.0, gt=0, description="seconds to wait for one reply")
+    attempts: int = Field(5, ge=1, le=20, description="calls for one reply before giving up")
+    max_answer_chars: int = Field(
+        20_000, ge=1, description="longest answer shown to the judge; the rest is cut off"
+    )
+    max_output_tokens: int = Field(512, ge=16, description="longest reply of the judge")
+    budget_usd: float = Field(10.0, ge=0, description="dollars that one run may spend")
+    usd_per_million_input: float = Field(
+        10.0, ge=0, description="the judge's price of a million input tokens, in dollars"
+    )
+    usd_per_million_output: float = Field(
+        30.0, ge=0, description="the judge's price of a million output tokens, in dollars"
     )
 
 
@@ -176,6 +206,7 @@ class Settings(BaseSettings):
     ingest: IngestSettings = IngestSettings()
     validation: ValidationSettings = ValidationSettings()
     training: TrainingSettings = TrainingSettings()
+    judge: JudgeSettings = JudgeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gateway: GatewaySettings = GatewaySettings()
 
@@ -203,6 +234,10 @@ class Settings(BaseSettings):
     @property
     def embeddings_path(self) -> Path:
         return self.home / "embeddings.db"
+
+    @property
+    def verdicts_path(self) -> Path:
+        return self.home / "verdicts.db"
 
     @classmethod
     def settings_customise_sources(

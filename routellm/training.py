@@ -15,6 +15,12 @@ from routellm.battles import prompt_split
 from routellm.embeddings.base import Encoder, Progress
 from routellm.errors import TrainingError
 from routellm.evaluation.benchmarks import Benchmark, heldout_benchmark
+from routellm.label_weights import (
+    LabelWeights,
+    choose_label_weights,
+    fixed_label_weights,
+    weigh,
+)
 from routellm.routers.base import FitReport, Pair, Router, TrainingBattles, make_router
 from routellm.settings import Settings
 from routellm.snapshots import Manifest, SnapshotStore
@@ -33,11 +39,14 @@ class Prepared:
         None where fewer than `MIN_HELDOUT` battles of the pair (or its tiers) were kept aside.
     by_label_kind : dict
         Battles taken, by label kind, after augmentation.
+    label_weights : LabelWeights
+        How much each label kind counts in `battles`.
     """
 
     battles: TrainingBattles
     heldout: Benchmark | None
     by_label_kind: dict[str, int]
+    label_weights: LabelWeights
 
 
 def augment(table: pa.Table, label_kinds: Sequence[str]) -> pa.Table:
@@ -122,7 +131,11 @@ def prepare(
     battles = select(~kept_aside, embeddings)
     counts = {str(k): int(n) for k, n in zip(*np.unique(kinds, return_counts=True), strict=True)}
     heldout = _heldout(select(kept_aside, no_embeddings), manifest)
-    return Prepared(battles, heldout, counts)
+    given = settings.training.label_weights
+    weights = (
+        choose_label_weights(battles) if given is None else fixed_label_weights(battles, given)
+    )
+    return Prepared(weigh(battles, weights.weights), heldout, counts, weights)
 
 
 def _models(

@@ -17,9 +17,8 @@ def main() -> None:
     debug = "--debug" in sys.argv or os.environ.get("ROUTELLM_DEBUG") == "1"
     err = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        app(standalone_mode=False)
-    except typer.Exit as done:
-        raise SystemExit(done.exit_code) from None
+        # Typer hands back the status of `typer.Exit` as the value of the call
+        raise SystemExit(app(standalone_mode=False) or 0)
     except (typer.Abort, KeyboardInterrupt):
         raise SystemExit(130) from None
     except Exception as error:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from routellm.cli.context import load_settings, out, print_json, registry_of, set_home
+from routellm.cli.judge import EXAMPLE as JUDGE_EXAMPLE
+from routellm.cli.judge import judge
 from routellm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -118,6 +120,9 @@ def ingest(sources: Sources = None, json: Json = False) -> None:
     for rule, n in manifest.quarantined_by_rule.items():
         where = found.quarantine_path if found else ""
         out.print(f"[yellow]{n:,} quarantined by {rule}[/]: {where}")
+
+
+app.command(epilog=JUDGE_EXAMPLE)(judge)
 
 
 @app.command(epilog="Example: routellm validate --json")

@@ -28,6 +28,11 @@ Arrays = dict[str, NDArray[Any]]
 N_TIERS = 10  # paper, section 4.1
 MIN_PAIR_BATTLES = 200  # fewer than this and the pair's tiers stand in for it
 
+# which label kind says what a better answer is, where they differ: a known right answer before a
+# person's vote, a vote before a judge's
+TRUST = ("golden", "human", "feedback", "judge")
+MIN_TRUSTED = 30  # validation battles of a kind worth choosing by
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -129,10 +134,37 @@ class TrainingBattles:
         raised[rows] *= (total - pair) / pair
         return [self.weight, raised] if pair < total / 2 else [self.weight]
 
+    def kinds_by_trust(self) -> list[str]:
+        """Return the label kinds at hand, the most trusted first."""
+        have = set(np.unique(self.label_kind))
+        return [k for k in TRUST if k in have] + sorted(have - set(TRUST))
+
+    def trusted_kind(self) -> str:
+        """Return the label kind that choices are made by.
+
+        The most trusted one with at least `MIN_TRUSTED` battles of the pair among the validation
+        prompts; if none has as many, the one that has most.
+        """
+        rows, _ = self.of_pair()
+        kinds = self.label_kind[rows][self.validation[rows]]
+        counts = {k: int((kinds == k).sum()) for k in self.kinds_by_trust()}
+        enough = [k for k, n in counts.items() if n >= MIN_TRUSTED]
+        return enough[0] if enough else max(counts, key=lambda k: counts[k])
+
+    def trusted_prompts(self) -> NDArray[np.int64]:
+        """Return the prompts (k,), ascending, on which the pair has battles of the trusted kind."""
+        rows, _ = self.of_pair()
+        trusted = self.label_kind[rows] == self.trusted_kind()
+        return np.unique(self.prompt[rows[trusted]])
+
     def pair_validation(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return the pair's validation battles as `of_pair` does: what choices are made on."""
+        """Return the pair's validation battles as `of_pair` does: what choices are made on.
+
+        Only those of the most trusted label kind (`trusted_kind`): kinds differ in what they
+        call better, and a choice needs one measure.
+        """
         rows, preference = self.of_pair()
-        held = self.validation[rows]
+        held = self.validation[rows] & (self.label_kind[rows] == self.trusted_kind())
         return rows[held], preference[held]
 
     def tiers(self) -> NDArray[np.int64]:

@@ -11,7 +11,8 @@ among all, are those with the lowest loss on the pair's validation battles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,19 @@ class _Fit:
     batch: int
     arrays: tuple[NDArray[np.float32], ...]
     history: dict[str, list[float]]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: steps this small spend more time waiting for a second one."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class MatrixFactorizationRouter(Router):
@@ -86,7 +100,8 @@ class MatrixFactorizationRouter(Router):
                 if progress:
                     progress(before * total + done, len(choices) * total)
 
-            fits.append(self._fit(battles, weight, train, held, preference, rng, report))
+            with one_thread():
+                fits.append(self._fit(battles, weight, train, held, preference, rng, report))
         chosen = int(np.argmin([f.loss for f in fits]))
         best = fits[chosen]
         self.models_ = battles.models

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from routellm.errors import SourceError
+from routellm.errors import SourceError, SourceUnreachable
 from routellm.settings import IngestSettings
 from routellm.sources.files import _format, read_file
 
@@ -83,7 +83,7 @@ class HubSource:
                 f"the hub refuses {self.name} at revision {self.revision or 'main'} ({why}): check "
                 "the name, accept the dataset's terms there and set HF_TOKEN"
             )
-        return SourceError(
+        return SourceUnreachable(
             f"{self.name} cannot be fetched from the Hugging Face hub ({why}): check the network, "
             "or download the dataset and give its folder"
         )

@@ -49,7 +49,7 @@ def add(registry, planted, encoder):
             router, EmbeddingSettings(), Calibration.of(router.win_rate(prompts), "test"),
             golden_predictions(router, prompts), "d" * 64, simulated, "0.1.0",
         )  # fmt: skip
-        with retraining_run(registry, manifest(simulated), "test") as parent:
+        with retraining_run(registry, manifest(simulated)) as parent:
             return log_version(
                 registry, bundle, report, {"test": measured}, manifest(simulated),
                 training_key=key or f"key-{seed}", speed={"queries_per_s": 1.0},
