@@ -75,10 +75,15 @@ class Retraining:
     warnings: tuple[str, ...] = field(default_factory=tuple)
 
 
-async def _may_pass(task: Any, run: Any, state: Any) -> bool:
+def _may_pass(task: Any, run: Any, state: Any) -> bool:
     """Say whether what a task died of can be gone at another time."""
-    error = await state.result(raise_on_failure=False)
-    return isinstance(error, SourceUnreachable | RegistryError)
+    try:
+        state.result()
+    except (SourceUnreachable, RegistryError):
+        return True
+    except Exception:
+        return False
+    return False
 
 
 def _task(**options: Any) -> Any:

@@ -29,7 +29,7 @@ def test_every_verb_is_documented_with_an_example_in_its_help():
 
     text = (REPOSITORY / "docs" / "cli.md").read_text()
     verbs = {c.name or c.callback.__name__: c for c in app.registered_commands}
-    assert len(verbs) == 12
+    assert len(verbs) == 13
     for name, command in verbs.items():
         assert f"| `{name}" in text, name
         assert command.epilog.startswith(f"Example: routellm {name}"), name
@@ -40,6 +40,15 @@ def test_every_setting_is_documented_as_it_is():
     from routellm.settings import settings_table
 
     assert settings_table() in (REPOSITORY / "docs" / "settings.md").read_text()
+
+
+def test_every_router_kind_and_option_is_documented_as_it_is():
+    from routellm.routers.base import options_table, router_kinds
+
+    text = (REPOSITORY / "docs" / "routers.md").read_text()
+    assert options_table() in text
+    for kind in router_kinds():
+        assert f"## `{kind}`" in text
 
 
 def test_commands_that_are_not_run_here_still_name_verbs_and_options_that_exist():

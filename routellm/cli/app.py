@@ -31,7 +31,8 @@ Sources = Annotated[
     typer.Argument(help="Files, folders, org/name@revision, or simulated://arena."),
 ]
 Benchmarks = Annotated[
-    str | None, typer.Option(help="Folder of benchmark tables; by default the data folder's own.")
+    str | None,
+    typer.Option(help="Folder of benchmark tables, or `routellm` to fetch the paper's own."),
 ]
 Threshold = Annotated[
     float | None, typer.Option(help="Win rate from which a query goes to strong, in [0, 1].")
@@ -196,15 +197,12 @@ def evaluate(
     else:
         import numpy as np
 
-        from routellm.evaluation.benchmarks import load_benchmarks
+        from flows.work import named_benchmarks
         from routellm.evaluation.evaluate import evaluate as measure
 
         router = registry.bundle(info, cache_path=settings.embeddings_path).router
-        tables = load_benchmarks(Path(benchmarks))
-        if not tables:
-            raise UsageError(f"no benchmark tables in {benchmarks}: see docs/evaluation.md")
         found = {}
-        for one in tables:
+        for one in named_benchmarks(benchmarks, settings.home):
             one.of_pair(router.pair)
             found[one.name] = measure(
                 router.win_rate(one.prompts),

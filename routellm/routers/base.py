@@ -278,12 +278,10 @@ GROUP = "routellm.routers"
 
 
 def router_kinds() -> tuple[str, ...]:
-    """Return the names of all installed router kinds, ours first."""
+    """Return the names of all installed router kinds, in alphabetical order."""
     from importlib.metadata import entry_points
 
-    found = entry_points(group=GROUP)
-    ours = [e.name for e in found if e.value.startswith("routellm.")]
-    return tuple(dict.fromkeys([*ours, *sorted(e.name for e in found)]))
+    return tuple(sorted({e.name for e in entry_points(group=GROUP)}))
 
 
 def router_class(kind: str) -> type[Router]:
@@ -346,3 +344,12 @@ def make_router(
             f"training.options.{kind}.{'.'.join(map(str, first['loc']))}: {first['msg']} (its "
             f"options: {known}); see docs/routers.md"
         ) from error
+
+
+def options_table() -> str:
+    """Return the options of all installed kinds as a Markdown table: what docs/routers.md shows."""
+    lines = ["| option | default | meaning |", "| --- | --- | --- |"]
+    for kind in router_kinds():
+        for name, field in router_class(kind).Options.model_fields.items():
+            lines.append(f"| `{kind}.{name}` | `{field.default}` | {field.description} |")
+    return "\n".join(lines) + "\n"

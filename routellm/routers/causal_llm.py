@@ -125,6 +125,11 @@ class CausalLLMRouter(Router):
                 _device(o.device)
             except TrainingError as error:
                 return str(error)
+        if o.model == LLAMA and _device(o.device).type == "cpu":
+            return (
+                f"{LLAMA} has 8 billion weights and this machine no GPU: use one, or name a small "
+                "model in training.options.causal_llm.model"
+            )
         return self._pretrained().unavailable()
 
     def _pretrained(self) -> Pretrained:

@@ -18,6 +18,8 @@ from routellm.training import train
 from tests.conftest import REPOSITORY
 from tests.support.tiny_bert import hard_battles, save_tiny_bert
 
+pytestmark = pytest.mark.slow  # it trains, again and again
+
 HARD, EASY = "apple river hard 9", "apple river easy 8"
 # 15 batches of 16 an epoch, so that validations and checkpoints fall apart
 SHORT = {"learning_rate": 2e-3, "max_steps": 12, "evaluate_every": 5, "checkpoint_every": 3}
@@ -246,6 +248,12 @@ def test_too_few_battles_are_refused(lacking, base, battles):
     found = "19 and 281" if lacking == "training" else "300 and 0"
     with pytest.raises(TrainingError, match=f"found {found}: ingest more battles"):
         short(base, replace(battles, validation=validation))
+
+
+def test_validation_is_by_the_label_kind_that_is_trusted_most(base, battles):
+    kind = np.where(np.arange(300) % 20 < 10, "golden", "judge")
+    _, report = short(base, replace(battles, label_kind=kind), max_steps=1)
+    assert (report.params["train_prompts"], report.params["validation_prompts"]) == (240, 30)
 
 
 # --- broken off, and gone on with

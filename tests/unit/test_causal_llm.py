@@ -33,6 +33,8 @@ from routellm.training import train
 from tests.conftest import REPOSITORY
 from tests.support.tiny_lm import COMMIT, model_hub, rule_battles, rule_prompts, save_tiny_lm
 
+pytestmark = pytest.mark.slow  # it trains, again and again
+
 PAIR = Pair("strong", "weak")
 QUICK = {
     "batch_size": 16,
@@ -544,7 +546,7 @@ def test_a_hub_that_cannot_be_reached_is_said_within_seconds(hub_cache, monkeypa
         short("org/tiny", rule_battles(), hub_endpoint=nowhere["hub_endpoint"], revision=COMMIT)
     assert time.monotonic() - started < 10
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "cannot be reached (OfflineModeIsEnabled)" in why_not()  # the default model
+    assert "cannot be reached (OfflineModeIsEnabled)" in why_not(model="org/other")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     # a name server that does not answer
     monkeypatch.setattr("routellm.routers.pretrained._HUB_TIMEOUT_S", 0.1)

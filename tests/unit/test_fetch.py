@@ -21,7 +21,10 @@ from routellm.evaluation.benchmarks import load_benchmarks
 from routellm.evaluation.fetch import TABLES, fetch_published
 from tests.support.git_server import can_serve, commit_files, git, git_server
 
-pytestmark = pytest.mark.skipif(not can_serve(), reason="no git that can serve over HTTP")
+pytestmark = [
+    pytest.mark.slow,  # it starts servers
+    pytest.mark.skipif(not can_serve(), reason="no git that can serve over HTTP"),
+]
 
 STRONG, WEAK = "gpt-4-1106-preview", "mixtral-8x7b-instruct-v0.1"
 MMLU = "routellm/evals/mmlu/responses/mmlu_{}.csv"

@@ -42,6 +42,8 @@ from tests.support.chat_server import Answer, chat_server
 KEY = "sk-very-secret-0123456789"
 FREE = {"usd_per_million_input": 0.0, "usd_per_million_output": 0.0}
 
+pytestmark = pytest.mark.slow  # it starts servers
+
 
 @pytest.fixture
 def server():
@@ -760,7 +762,7 @@ def command(server, tmp_path, monkeypatch):
     app = typer.Typer()
     app.command(epilog=verb.EXAMPLE)(verb.judge)
     how = JudgeSettings(base_url=server.url, model="judge-1", api_key=KEY)
-    settings = SimpleNamespace(judge=how, home=tmp_path / "home")
+    settings = Settings(judge=how, home=tmp_path / "home")
     monkeypatch.setattr(verb, "load_settings", lambda: settings)
     planted(tmp_path, 8)
     words = ["answers.jsonl", "--model-a", "strong", "--model-b", "weak", "--out", "b.parquet"]

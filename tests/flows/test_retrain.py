@@ -1,0 +1,186 @@
+"""The steps of a retraining: what a kill leaves, what is done once, what is refused."""
+
+import pytest
+
+import expectations
+from flows import work
+from flows.engine import configure
+from registry import connect
+from registry.log import retraining_run
+from routellm import training
+from routellm.errors import BenchmarkError, SourceError, SourceUnreachable, UsageError
+from routellm.ingest import stage
+from routellm.settings import Settings
+from routellm.snapshots import SnapshotStore
+from tests.conftest import HashEncoder
+
+pytestmark = pytest.mark.slow
+SOURCES = ["simulated://arena?battles=3000"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A home with a validated snapshot."""
+    settings = Settings(
+        home=tmp_path_factory.mktemp("flow") / "home",
+        evaluation={"bootstrap": 100},
+        training={"routers": ("random", "knn")},
+    )
+    store = SnapshotStore(settings.snapshots_dir(simulated=True))
+    staged = stage(SOURCES, store, settings)
+    found = expectations.validate(staged, store, settings)
+    manifest = store.commit(
+        parts=found.checked_parts, cursors=staged.cursors, previous=None,
+        quarantined_by_rule={}, validation=found.summary(), simulated=True,
+    )  # fmt: skip
+    staged.discard()
+    return settings, store, manifest
+
+
+@pytest.fixture
+def plan(prepared):
+    settings, store, manifest = prepared
+    return work.plan_of(manifest, store, HashEncoder(), SOURCES, settings)
+
+
+@pytest.fixture
+def registry(prepared):
+    return connect(prepared[0])
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Let nothing be trained or measured from here on."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("this was done before")
+
+    def forbid():
+        monkeypatch.setattr(training, "train", refuse)
+        monkeypatch.setattr(work, "evaluate", refuse)
+
+    return forbid
+
+
+def test_a_run_that_is_killed_between_steps_goes_on_where_it_was(plan, prepared, registry, no_work):
+    settings, _, manifest = prepared
+    trained = work.train_router("knn", plan, settings)
+    figures = work.evaluate_router(trained, plan, settings)
+    no_work()
+    again = work.train_router("knn", plan, settings)
+    assert again == trained
+    assert work.evaluate_router(again, plan, settings) == figures
+    with retraining_run(registry, manifest) as parent:
+        first = work.register_router(again, plan, registry, parent)
+    assert not trained.folder.exists()
+    assert first.evaluations == figures
+    assert work.find_done(["knn", "random"], plan, registry, settings) == {"knn": first.version}
+
+
+def test_a_router_is_registered_once_however_often_it_is_asked_for(plan, prepared, registry):
+    settings, _, manifest = prepared
+    versions = []
+    for _ in range(2):
+        trained = work.train_router("random", plan, settings)
+        work.evaluate_router(trained, plan, settings)
+        with retraining_run(registry, manifest) as parent:
+            versions.append(work.register_router(trained, plan, registry, parent).version.version)
+    assert versions[0] == versions[1]
+
+
+def test_a_version_that_someone_deleted_is_trained_again(plan, prepared, registry):
+    settings, _, manifest = prepared
+    done = work.find_done(["random"], plan, registry, settings)
+    if not done:
+        trained = work.train_router("random", plan, settings)
+        work.evaluate_router(trained, plan, settings)
+        with retraining_run(registry, manifest) as parent:
+            work.register_router(trained, plan, registry, parent)
+        done = work.find_done(["random"], plan, registry, settings)
+    registry.client.delete_model_version("router", done["random"].version)
+    assert work.find_done(["random"], plan, registry, settings) == {}
+
+
+def test_another_option_is_another_router(plan, prepared):
+    settings = prepared[0]
+    other = settings.model_copy(
+        update={
+            "training": settings.training.model_copy(update={"options": {"knn": {"kinship": 0.1}}})
+        }
+    )
+    assert work.training_key("knn", plan, settings) != work.training_key("knn", plan, other)
+    assert work.training_key("random", plan, settings) == work.training_key("random", plan, other)
+
+
+def with_routers(settings, *routers, **training_settings):
+    return settings.model_copy(
+        update={
+            "training": settings.training.model_copy(
+                update={"routers": routers, **training_settings}
+            )
+        }
+    )
+
+
+def test_a_kind_that_cannot_be_trained_here_is_skipped_by_all_and_refused_by_name(plan, prepared):
+    away = {"options": {"causal_llm": {"model": "nobody/no-such-model"}}}
+    kinds, skipped = work.kinds_to_train(plan, with_routers(prepared[0], "all", **away))
+    assert {"knn", "mf", "sw_ranking", "random"} <= set(kinds)
+    assert set(skipped) == {"causal_llm"}
+    with pytest.raises(UsageError, match=r"causal_llm cannot be trained here: .*no-such-model"):
+        work.kinds_to_train(plan, with_routers(prepared[0], "causal_llm", **away))
+    with pytest.raises(UsageError, match="unknown router kind 'gpt'"):
+        work.kinds_to_train(plan, with_routers(prepared[0], "gpt"))
+    with pytest.raises(
+        UsageError, match=r"training.options.knn.colour: .* \(its options: kinship\)"
+    ):
+        work.kinds_to_train(
+            plan, with_routers(prepared[0], "knn", options={"knn": {"colour": "red"}})
+        )
+
+
+def test_a_benchmark_without_the_pair_is_refused_before_any_work(prepared, tmp_path):
+    settings, store, manifest = prepared
+    (tmp_path / "b.benchmark.csv").write_text("prompt,one,two\nhello,1,0\nworld,0,0\n")
+    named = settings.model_copy(
+        update={"evaluation": settings.evaluation.model_copy(update={"benchmarks": str(tmp_path)})}
+    )
+    with pytest.raises(BenchmarkError, match="has no scores of 'simulated-strong'"):
+        work.plan_of(manifest, store, HashEncoder(), SOURCES, named)
+
+
+def test_a_source_that_does_not_answer_is_asked_again_and_a_wrong_one_is_not(
+    prepared, tmp_path, monkeypatch
+):
+    configure(prepared[0])
+    from prefect import flow
+    from prefect.testing.utilities import prefect_test_harness
+
+    from flows import retrain
+
+    asked = []
+
+    def fail(error, times):
+        def staging(sources, store, settings):
+            asked.append(1)
+            if len(asked) <= times:
+                raise error
+            return stage(sources, store, settings)
+
+        return staging
+
+    settings = Settings(home=tmp_path / "home")
+    store = SnapshotStore(settings.snapshots_dir(simulated=True))
+    task = retrain.ingest.with_options(retry_delay_seconds=0)
+    run = flow(validate_parameters=False, persist_result=False)(
+        lambda: task(["simulated://arena?battles=100"], store, settings)
+    )
+    with prefect_test_harness(server_startup_timeout=120):
+        monkeypatch.setattr(retrain, "stage", fail(SourceUnreachable("the hub is away"), 2))
+        assert run().new == 100
+        assert len(asked) == 3
+        asked.clear()
+        monkeypatch.setattr(retrain, "stage", fail(SourceError("a column is missing"), 2))
+        with pytest.raises(SourceError, match="a column is missing"):
+            run()
+        assert len(asked) == 1
