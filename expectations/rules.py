@@ -67,8 +67,8 @@ class Rule:
             return " or ".join(str(v).lower() for v in self.values())
         low, high = bounds
         if high is None:
-            return f"at least {low:g}"
-        return f"at most {high:g}" if not low else f"{low:g} to {high:g}"
+            return f"at least {low:,.6g}"
+        return f"at most {high:,.6g}" if not low else f"{low:g} to {high:g}"
 
     def expectation(self, settings: ValidationSettings) -> Expectation:
         """Return the rule as a Great Expectations expectation."""

@@ -336,7 +336,8 @@ def _read_result(
             f"column {rule.column}; nothing was added to the snapshot"
         )
     if rule.kind == "set":
-        observed = f"{figures[rule.column]:.4g}"
+        value = figures[rule.column]
+        observed = f"{value:,.0f}" if value.is_integer() else f"{value:.4g}"
         failed = 0
     else:
         failed = int(one.result.get("unexpected_count", 0))
@@ -345,7 +346,7 @@ def _read_result(
                 f"the rule {name} counted {failed} failing rows in Great Expectations and "
                 f"{int(failing[name].sum())} here: nothing was added to the snapshot; report this"
             )
-        observed = f"{failed} of {n} rows fail" if failed else f"all {n} rows pass"
+        observed = f"{failed:,} of {n:,} fail" if failed else f"all {n:,} pass"
     return RuleResult(
         name, rule.kind, rule.severity, bool(one.success), observed, rule.expected(settings), failed
     )

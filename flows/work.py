@@ -145,6 +145,7 @@ def training_key(kind: str, plan: Plan, settings: Settings) -> str:
         settings.training.model_dump_json(exclude={"routers", "options"}),
         json.dumps(settings.training.options.get(kind, {}), sort_keys=True),
         settings.evaluation.model_dump_json(exclude={"benchmarks", "primary"}),
+        json.dumps([settings.usd_per_query(m) for m in (plan.pair.strong, plan.pair.weak)]),
         plan.encoder.identity,
         json.dumps([plan.pair.strong, plan.pair.weak]),
         json.dumps([b.digest for b in plan.benchmarks]),
@@ -343,6 +344,10 @@ def measure(router: Router, plan: Plan, settings: Settings) -> dict[str, Evaluat
             rng=np.random.default_rng(settings.training.seed),
             resamples=settings.evaluation.bootstrap,
             similarity=clean.similarity,
+            usd_per_query=(
+                settings.usd_per_query(plan.pair.strong),
+                settings.usd_per_query(plan.pair.weak),
+            ),
         )
     return out
 

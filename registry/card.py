@@ -22,8 +22,9 @@ def model_card(
         f"({', '.join(f'{n:,} {k}' for k, n in manifest.by_label_kind.items())}). "
         f"Encoder `{bundle.router.encoder.identity}`.",
         "",
-        "| benchmark | prompts (taken out) | APGR [95 %] | CPT(50) | CPT(80) | AUC | similarity |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| benchmark | prompts (taken out) | APGR [95 %] | CPT(50) | CPT(80) | AUC | similarity | "
+        "saved at CPT(50) / (80) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, one in evaluations.items():
         label = f"{name} (SIMULATED)" if one.simulated else name
@@ -31,11 +32,12 @@ def model_card(
         lines.append(
             f"| {label} | {one.n} ({one.excluded}) | {one.exact.apgr} | "
             f"{one.exact.cpt50.value:.1%} | {one.exact.cpt80.value:.1%} | {one.auc.value:.3f} | "
-            f"{similarity} |"
+            f"{similarity} | {_saved(one)} |"
         )
     lines += [
         "",
-        "The random router has APGR 0.5. Limits: two models only; thresholds hold for queries "
+        "The random router has APGR 0.5; saved is the share of the cost of sending every query "
+        "to strong, at the prices set. Limits: two models only; thresholds hold for queries "
         f"like the sample they were set on ({bundle.calibration.sample}, "
         f"{bundle.calibration.n} queries).",
         "",
@@ -55,3 +57,9 @@ def model_card(
         "```",
     ]
     return "\n".join(lines)
+
+
+def _saved(one: Evaluation) -> str:
+    if one.cost is None:
+        return ""
+    return f"{one.cost.saved(one.cost.at_cpt50):.0%} / {one.cost.saved(one.cost.at_cpt80):.0%}"

@@ -155,6 +155,11 @@ def flat_metrics(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
             "random_apgr": 0.5,
             "similarity": one.similarity,
         }
+        if one.cost is not None:
+            for reached in ("cpt50", "cpt80"):
+                cost = getattr(one.cost, f"at_{reached}")
+                figures[f"cost_usd_per_1k_queries_{reached}"] = cost
+                figures[f"saved_{reached}"] = one.cost.saved(cost)
         out |= {f"{name}.{k}": float(v) for k, v in figures.items() if v is not None}
     return out
 

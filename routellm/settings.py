@@ -129,6 +129,13 @@ class JudgeSettings(_Group):
     )
 
 
+class Price(_Group):
+    """What a model's tokens cost, in dollars per million."""
+
+    input: float = Field(ge=0, description="a million tokens read")
+    output: float = Field(ge=0, description="a million tokens written")
+
+
 class EvaluationSettings(_Group):
     """How routers are measured."""
 
@@ -143,6 +150,12 @@ class EvaluationSettings(_Group):
     bootstrap: int = Field(1000, ge=100, le=100_000, description="bootstrap resamples")
     contamination_similarity: float = Field(
         0.95, gt=0, le=1, description="cosine similarity at which a prompt counts as seen"
+    )
+    input_tokens: float = Field(
+        95.0, ge=0, description="tokens of a query, for its cost (the paper's average)"
+    )
+    output_tokens: float = Field(
+        264.0, ge=0, description="tokens of an answer, for its cost (the paper's average)"
     )
 
 
@@ -202,6 +215,10 @@ class Settings(BaseSettings):
     sources: tuple[str, ...] = Field(
         ("simulated://arena",), description="where battles come from: files, folders, hub names"
     )
+    prices: dict[str, Price] = Field(
+        {PAPER_STRONG: Price(input=10.0, output=30.0), PAPER_WEAK: Price(input=0.24, output=0.24)},
+        description="dollars per million tokens, by model: `[prices.MODEL]` with input and output",
+    )
     embedding: EmbeddingSettings = EmbeddingSettings()
     ingest: IngestSettings = IngestSettings()
     validation: ValidationSettings = ValidationSettings()
@@ -222,6 +239,14 @@ class Settings(BaseSettings):
     def resolved_tracking_uri(self) -> str:
         """The MLflow tracking URI in force."""
         return self.tracking_uri or f"sqlite:///{(self.home / 'mlflow.db').resolve()}"
+
+    def usd_per_query(self, model: str) -> float | None:
+        """Return what a query costs with a model, in dollars; None if its price is not set."""
+        price = self.prices.get(model)
+        if price is None:
+            return None
+        read, written = self.evaluation.input_tokens, self.evaluation.output_tokens
+        return (price.input * read + price.output * written) / 1e6
 
     def snapshots_dir(self, *, simulated: bool = False) -> Path:
         """Where snapshots live; simulated battles never share a snapshot with real ones."""
@@ -261,7 +286,12 @@ def settings_table() -> str:
             if isinstance(default, BaseModel):
                 add(type(default), f"{prefix}{name}.")
                 continue
-            shown = ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            if isinstance(default, tuple):
+                shown = ", ".join(map(str, default))
+            elif default and isinstance(default, dict):
+                shown = "; ".join(f"{k}: {v}" for k, v in default.items())
+            else:
+                shown = str(default)
             lines.append(f"| `{prefix}{name}` | `{shown}` | {field.description} |")
 
     add(Settings, "")

@@ -132,6 +132,7 @@ def validate(
     json: Json = False,
 ) -> None:
     """Check a published snapshot against the rules, as they are set now."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     import expectations
@@ -147,9 +148,14 @@ def validate(
     if json:
         print_json({"snapshot": manifest.digest, "data_docs": found.data_docs, **found.summary()})
     else:
-        table = Table(title=f"snapshot {manifest.digest[:12]}, {manifest.rows:,} battles")
+        table = Table(
+            title=f"snapshot {manifest.digest[:12]}, {manifest.rows:,} battles",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
         for column in ("", "rule", "of", "observed", "expected"):
-            table.add_column(column)
+            table.add_column(column, no_wrap=column == "rule")
         for rule in found.rules:
             mark = (
                 "[green]✓[/]"
@@ -210,6 +216,10 @@ def evaluate(
                 router.pair,
                 rng=np.random.default_rng(settings.training.seed),
                 resamples=settings.evaluation.bootstrap,
+                usd_per_query=(
+                    settings.usd_per_query(router.pair.strong),
+                    settings.usd_per_query(router.pair.weak),
+                ),
             )
     if json:
         print_json({name: one.to_dict() for name, one in found.items()})
@@ -222,28 +232,41 @@ def evaluate(
 @app.command(epilog="Example: routellm versions")
 def versions(json: Json = False) -> None:
     """List registered versions, newest first."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     found = registry_of(load_settings()).versions()
     if json:
         print_json([vars(v) for v in found])
         return
-    table = Table()
-    for column in ("version", "kind", "aliases", "created (UTC)", "snapshot", "pair"):
-        table.add_column(column)
+    pairs = {(v.tags.get("strong", "?"), v.tags.get("weak", "?")) for v in found}
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("version", "kind", "aliases", "created (UTC)", "snapshot"):
+        table.add_column(column, no_wrap=True)
+    if len(pairs) > 1:
+        table.add_column("pair")
     for v in found:
         kind = f"{v.kind} [yellow]SIMULATED[/]" if v.simulated else v.kind
-        pair = f"{v.tags.get('strong', '?')} / {v.tags.get('weak', '?')}"
-        table.add_row(
-            v.version, kind, ", ".join(v.aliases), v.created_at[:19],
-            v.tags.get("snapshot", "")[:12], pair,
-        )  # fmt: skip
+        cells = [
+            v.version,
+            kind,
+            f"[bold green]{', '.join(v.aliases)}[/]" if v.aliases else "",
+            v.created_at[:16].replace("T", " "),
+            v.tags.get("snapshot", "")[:12],
+        ]
+        if len(pairs) > 1:
+            cells.append(f"{v.tags.get('strong', '?')} / {v.tags.get('weak', '?')}")
+        table.add_row(*cells)
     out.print(table)
+    if len(pairs) == 1:
+        (pair,) = pairs
+        out.print(f"[dim]all of them route between {pair[0]} and {pair[1]}[/]", soft_wrap=True)
 
 
 @app.command(epilog="Example: routellm compare champion previous")
 def compare(a: str, b: str, json: Json = False) -> None:
     """Put two versions' figures side by side."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     registry = registry_of(load_settings())
@@ -254,13 +277,15 @@ def compare(a: str, b: str, json: Json = False) -> None:
     if json:
         print_json({n: {"a": x, "b": y, "delta": y - x} for n, (x, y) in rows.items()})
         return
-    table = Table()
-    table.add_column("metric")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric", no_wrap=True)
     for info in infos:
         table.add_column(f"{info.kind} v{info.version}", justify="right")
     table.add_column("difference", justify="right")
+    same = (".excluded", ".random_apgr", ".perfect_apgr", ".similarity", "_low", "_high")
     for n, (x, y) in rows.items():
-        table.add_row(n, f"{x:.4g}", f"{y:.4g}", f"{y - x:+.4g}")
+        if not n.endswith(same):  # intervals and what does not tell them apart: see --json
+            table.add_row(n, f"{x:.4g}", f"{y:.4g}", f"{y - x:+.4g}")
     out.print(table)
 
 

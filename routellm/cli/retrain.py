@@ -146,6 +146,16 @@ def _print(result: Retraining, settings: Settings) -> None:
             f"\nChampion: [bold green]version {result.champion.version}[/] "
             f"({result.champion.kind}) — {result.champion_why}"
         )
+        serving = result.champion.version
+        kept = next((m for m in result.measured if m.version.version == serving), None)
+        for name, one in (kept.evaluations if kept else {}).items():
+            cost = one.cost
+            if cost is not None and name != "heldout":
+                out.print(
+                    f"  [dim]{name:<9}[/] half of the gap at ${cost.at_cpt50:.2f} a 1,000 queries "
+                    f"({cost.saved(cost.at_cpt50):.0%} saved), 80 % at ${cost.at_cpt80:.2f} "
+                    f"({cost.saved(cost.at_cpt80):.0%})"
+                )
     if result.decision is not None and result.decision.outcome != "promote":
         out.print(f"This run: {result.decision.outcome} — {result.decision.reason}")
     out.print("\n[bold]Next[/]")

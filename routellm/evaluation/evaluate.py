@@ -40,6 +40,37 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What 1,000 queries cost, in dollars, and the share saved against all of them to strong.
+
+    Attributes
+    ----------
+    strong, weak : all queries to one model.
+    at_cpt50, at_cpt80 : routed, at the strong fraction that recovers half (80 %) of the gap.
+    """
+
+    strong: float
+    weak: float
+    at_cpt50: float
+    at_cpt80: float
+
+    @classmethod
+    def of(cls, reading: Reading, strong_usd: float, weak_usd: float) -> Cost:
+        """Return the cost at what a query costs with each model, in dollars."""
+
+        def routed(fraction: float) -> float:
+            return 1000.0 * (fraction * strong_usd + (1.0 - fraction) * weak_usd)
+
+        return cls(
+            routed(1.0), routed(0.0), routed(reading.cpt50.value), routed(reading.cpt80.value)
+        )
+
+    def saved(self, cost: float) -> float:
+        """Return the share that `cost` saves against all queries to strong."""
+        return 1.0 - cost / self.strong if self.strong else 0.0
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """How one router does on one benchmark.
 
@@ -70,6 +101,7 @@ class Evaluation:
     pgr_by_percent: tuple[float, ...]
     quality_weak: float
     quality_strong: float
+    cost: Cost | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,6 +118,7 @@ class Evaluation:
                 "paper": reading(doc["paper"]),
                 "auc": Interval(**doc["auc"]),
                 "pgr_by_percent": tuple(doc["pgr_by_percent"]),
+                "cost": Cost(**doc["cost"]) if doc.get("cost") else None,
             }
         )
 
@@ -98,8 +131,11 @@ def evaluate(
     rng: np.random.Generator,
     resamples: int,
     similarity: float | None = None,
+    usd_per_query: tuple[float | None, float | None] = (None, None),
 ) -> Evaluation:
     """Measure win rates (n,) on a benchmark.
+
+    `usd_per_query` is what one costs with strong and with weak, where known.
 
     Intervals are bootstrap percentiles over prompts. A resample in which strong is no better
     than weak has no gap to recover and is drawn again.
@@ -119,6 +155,11 @@ def evaluate(
             weights.append(w)
     exact = exact_curve(win_rates, strong, weak, ones)
     at = np.linspace(0.0, 1.0, 101)
+    reading = _reading(lambda w: exact_curve(win_rates, strong, weak, w), ones, weights)
+    strong_usd, weak_usd = usd_per_query
+    cost = None
+    if strong_usd is not None and weak_usd is not None:
+        cost = Cost.of(reading, strong_usd, weak_usd)
     return Evaluation(
         benchmark=benchmark.name,
         benchmark_digest=benchmark.digest,
@@ -127,7 +168,7 @@ def evaluate(
         n=n,
         excluded=benchmark.excluded,
         simulated=benchmark.simulated,
-        exact=_reading(lambda w: exact_curve(win_rates, strong, weak, w), ones, weights),
+        exact=reading,
         paper=_reading(lambda w: paper_curve(win_rates, strong, weak, w), ones, weights),
         auc=_interval(
             auc(win_rates, strong, weak, ones),
@@ -138,6 +179,7 @@ def evaluate(
         pgr_by_percent=tuple(float(v) for v in np.interp(at, exact.fraction, exact.pgr)),
         quality_weak=float(weak.mean()),
         quality_strong=float(strong.mean()),
+        cost=cost,
     )
 
 

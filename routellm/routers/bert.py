@@ -8,7 +8,7 @@ The win rate is ``P(win) + P(tie) / 2``, as everywhere in this package; the pape
 tie for the weak model. Battles may carry a judge's probability, so their labels are soft
 (`outcome_targets`), and battles on one prompt are merged into one example: their cross-entropy is
 linear in the label, so nothing is lost. The weights kept are those with the lowest cross-entropy
-of win rates on the pair's validation battles.
+of win rates on the pair's validation battles, as for ``mf``.
 """
 
 from __future__ import annotations

@@ -158,3 +158,36 @@ def test_a_damaged_benchmark_is_one_sentence(tmp_path):
     (tmp_path / "mmlu.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(BenchmarkError, match=r"mmlu\.parquet"):
         load_benchmarks(tmp_path)
+
+
+def test_money_is_saved_where_fewer_queries_go_to_strong():
+    strong = np.array([1.0, 1.0, 1.0, 1.0])
+    weak = np.array([0.0, 0.0, 1.0, 1.0])
+    table = Benchmark("b", tuple("abcd"), {"s": strong, "w": weak})
+
+    def measured(rates, **prices):
+        return evaluate(
+            np.array(rates), table, Pair("s", "w"), rng=np.random.default_rng(0), resamples=100,
+            **prices,
+        )  # fmt: skip
+
+    assert measured([0.9, 0.8, 0.2, 0.1]).cost is None
+    good = measured([0.9, 0.8, 0.2, 0.1], usd_per_query=(0.01, 0.001)).cost
+    bad = measured([0.1, 0.2, 0.8, 0.9], usd_per_query=(0.01, 0.001)).cost
+    assert (good.strong, good.weak) == pytest.approx((10.0, 1.0))
+    # half of the gap is one of the four queries: $10 for 250, $1 for 750
+    assert good.at_cpt50 == pytest.approx(0.25 * 10.0 + 0.75 * 1.0)
+    assert good.saved(good.at_cpt50) == pytest.approx(0.675)
+    assert bad.at_cpt50 > good.at_cpt50
+    assert bad.at_cpt80 > bad.at_cpt50
+
+
+def test_a_price_is_of_a_models_tokens():
+    from routellm.settings import Settings
+
+    settings = Settings(
+        prices={"m": {"input": 2.0, "output": 10.0}},
+        evaluation={"input_tokens": 100, "output_tokens": 50},
+    )
+    assert settings.usd_per_query("m") == pytest.approx(0.0007)
+    assert settings.usd_per_query("other") is None
