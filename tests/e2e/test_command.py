@@ -68,7 +68,7 @@ def state(home):
         (["ingest", "nowhere.csv"], 2, "no source 'nowhere.csv'"),
         (["ingest", "empty.csv"], 1, "empty"),
         (["ingest", "winners.csv"], 1, "quarantine_share"),
-        (["retrain", "--routers", "gpt"], 2, "unknown router kind gpt"),
+        (["retrain", "--routers", "gpt"], 2, "unknown router kind 'gpt'"),
         (["retrain", "--benchmarks", "nowhere"], 1, "no folder nowhere"),
         (["route", "x", "--version", "99"], 2, "no version or alias '99'"),
         (["route", "x", "--threshold", "1.5"], 2, "outside [0, 1]"),

@@ -25,7 +25,8 @@ ASK = [{"role": "user", "content": "Why is the sky blue?"}]
 
 
 def bundle(seed, *, broken=False):
-    router = RandomRouter(HashEncoder(), Pair("s", "w"), seed)
+    router = RandomRouter(HashEncoder(), Pair("s", "w"))
+    router.seed = seed
     prompts = [f"prompt {i}" for i in range(500)]
     golden = golden_predictions(router, prompts)
     if broken:
