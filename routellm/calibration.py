@@ -45,6 +45,18 @@ class Calibration:
             return 1.0 if self.quantiles[-1] < 1.0 else float(np.nextafter(1.0, 2.0))
         return float(np.interp(1.0 - strong_fraction, np.linspace(0, 1, _GRID), self.quantiles))
 
+    def threshold_interval(self, strong_fraction: float) -> tuple[float, float]:
+        """Return the 95 % interval of `threshold`, for traffic that the sample was drawn from.
+
+        The number of a sample's queries above the true threshold is binomial, so the order
+        statistics at its 2.5 % and 97.5 % points bound that threshold.
+        """
+        from scipy.stats import binom
+
+        check_share(strong_fraction, "strong fraction")
+        low, high = (binom.ppf(q, self.n, strong_fraction) / self.n for q in (0.025, 0.975))
+        return self.threshold(float(high)), self.threshold(float(low))
+
     def strong_fraction(self, threshold: float) -> float:
         """Return the share of the sample that a threshold sends to strong."""
         check_share(threshold, "threshold")

@@ -387,15 +387,18 @@ def calibrate(
             raise UsageError(f"cannot read {queries} ({error}): give a UTF-8 text file") from error
         calibration = Calibration.of(bundle.router.win_rate(lines), str(queries))
     limit = calibration.threshold(strong_fraction)
+    low, high = calibration.threshold_interval(strong_fraction)
     if json:
         print_json(
-            {"threshold": limit, "strong_fraction": strong_fraction, "sample": calibration.sample,
+            {"threshold": limit, "threshold_low": low, "threshold_high": high,
+             "strong_fraction": strong_fraction, "sample": calibration.sample,
              "n": calibration.n, "version": info.version}
         )  # fmt: skip
         return
     out.print(
-        f"threshold [bold]{limit:.4f}[/] sends {strong_fraction:.0%} of {calibration.n} queries "
-        f"({calibration.sample}) to strong; as a model name: router-{info.kind}-{limit:.4f}"
+        f"threshold [bold]{limit:.4f}[/] sends {strong_fraction:.0%} of {calibration.n:,} queries "
+        f"({calibration.sample}) to strong; for all traffic like these it lies in "
+        rf"\[{low:.4f}, {high:.4f}] (95 %). As a model name: router-{info.kind}-{limit:.4f}"
     )
 
 

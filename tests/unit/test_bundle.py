@@ -59,3 +59,23 @@ def test_a_share_outside_its_range_is_refused(bundle, share):
         bundle.thresholds(strong_fraction=share)
     with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
         bundle.thresholds(threshold=share)
+
+
+def test_a_thresholds_interval_covers_the_true_one_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    true = 0.7  # of uniform win rates, 30 % are above it
+    covered = 0
+    for _ in range(300):
+        low, high = Calibration.of(rng.random(200), "test").threshold_interval(0.3)
+        assert low <= high
+        covered += low <= true <= high
+    assert 0.91 <= covered / 300 <= 0.99
+
+
+def test_more_queries_make_a_narrower_interval():
+    rng = np.random.default_rng(0)
+    widths = []
+    for n in (100, 10_000):
+        low, high = Calibration.of(rng.random(n), "test").threshold_interval(0.3)
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 5
