@@ -17,8 +17,9 @@ ROUTERS ?=
 run: .venv/.installed  ## the whole loop; DATA=<folder, file or hub name>, ROUTERS=<kinds>
 	@$(BIN)/routellm retrain $(if $(DATA),--source "$(DATA)") $(if $(ROUTERS),--routers "$(ROUTERS)")
 
+# two workers of one thread each: torch's own threads would wait for each other
 test: .venv/.installed  ## all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: .venv/.installed  ## no server, under a minute
 	$(BIN)/python -m pytest -m "not slow"
