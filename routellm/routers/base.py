@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from pydantic import ValidationError as InvalidOptions
 from routellm.embeddings.base import Encoder, Progress
 from routellm.errors import TrainingError, UsageError
 from routellm.ratings import assign_tiers, fit_bradley_terry, win_table
+from routellm.threads import one_blas_thread
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -212,7 +214,9 @@ class Router(ABC):
             return np.empty(0, dtype=np.float64)
         if not self.reads_embeddings:
             return self.score(prompts, np.empty((len(prompts), 0), dtype=np.float32))
-        return self.score(prompts, self.encoder.encode(prompts))
+        embeddings = self.encoder.encode(prompts)
+        with one_blas_thread() if len(prompts) == 1 else nullcontext():
+            return self.score(prompts, embeddings)
 
     def unavailable(self) -> str:
         """Return why this router cannot be trained on this machine, or "" if it can.

@@ -11,8 +11,7 @@ among all, are those with the lowest loss on the pair's validation battles.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from routellm.routers.base import (
     TrainingBattles,
     cross_entropy,
 )
+from routellm.threads import one_torch_thread
 
 DIMENSIONS = 128  # paper, appendix
 LEARNING_RATE = 3e-4
@@ -48,19 +48,6 @@ class _Fit:
     batch: int
     arrays: tuple[NDArray[np.float32], ...]
     history: dict[str, list[float]]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread: steps this small spend more time waiting for a second one."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class MatrixFactorizationRouter(Router):
@@ -100,7 +87,7 @@ class MatrixFactorizationRouter(Router):
                 if progress:
                     progress(before * total + done, len(choices) * total)
 
-            with one_thread():
+            with one_torch_thread():  # steps of 64 battles
                 fits.append(self._fit(battles, weight, train, held, preference, rng, report))
         chosen = int(np.argmin([f.loss for f in fits]))
         best = fits[chosen]
