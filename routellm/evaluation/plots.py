@@ -39,10 +39,11 @@ def plot_curves(evaluations: Mapping[str, Evaluation]) -> Figure:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(
-        title=f"APGR [95 % interval], {some.n} prompts",
-        frameon=False,
+        title=f"APGR [95 % interval], {some.n} prompts; perfect order {some.perfect_apgr:.3f}",
+        framealpha=0.85,
+        edgecolor="none",
         fontsize=8.5,
         title_fontsize=8.5,
-        loc="lower right",
+        loc="best",
     )
     return figure
