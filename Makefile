@@ -19,7 +19,7 @@ run: .venv/.installed  ## the whole loop; DATA=<folder, file or hub name>, ROUTE
 
 # two workers of one thread each: torch's own threads would wait for each other
 test: .venv/.installed  ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: .venv/.installed  ## no server, under a minute
 	$(BIN)/python -m pytest -m "not slow"
