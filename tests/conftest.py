@@ -8,12 +8,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import settings as hypothesis_settings
 
 from routellm.routers.base import Pair, TrainingBattles
 from routellm.settings import Settings
 
 # the shared retraining is for the documents' test too
 pytest_plugins = ["tests.e2e.shared"]
+
+# a property is no slower for a busy machine: examples are not timed
+hypothesis_settings.register_profile("untimed", deadline=None)
+hypothesis_settings.load_profile("untimed")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_DATA = REPOSITORY.parent / "shared" / "data"
