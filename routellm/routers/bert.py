@@ -38,6 +38,7 @@ from routellm.routers.base import (
     cross_entropy,
 )
 from routellm.routers.checkpoint import Checkpoint
+from routellm.routers.finetune import since_best, torch_device
 from routellm.routers.pretrained import Base, Pretrained
 from routellm.settings import EmbeddingSettings
 from routellm.snapshots import file_sha256
@@ -144,7 +145,7 @@ class BertRouter(Router):
     def unavailable(self) -> str:
         if self.options.device.startswith("cuda"):
             try:
-                _device(self.options.device)
+                torch_device(self.options.device, "bert")
             except TrainingError as error:
                 return str(error)
         return self._pretrained().unavailable()
@@ -172,7 +173,7 @@ class BertRouter(Router):
                 f"to validate with, found {len(learnt.prompts)} and {len(asked.prompts)}: ingest "
                 "more battles"
             )
-        device = _device(o.device)
+        device = torch_device(o.device, "bert")
         autocast = device.type == "cuda" and o.mixed_precision
 
         # the caller's own torch randomness goes on afterwards as if nothing had been drawn here
@@ -214,7 +215,7 @@ class BertRouter(Router):
                 total, elapsed_s = saved.tensors["total"].item(), saved.tensors["elapsed_s"].item()
 
             batches: list[NDArray[np.int64]] = []
-            while done < steps and _since_best(history["validation_loss"]) < o.patience:
+            while done < steps and since_best(history["validation_loss"]) < o.patience:
                 # order and dropout follow from seed and step: a resumed run draws the same
                 epoch, at = divmod(done, per_epoch)
                 if at == 0 or not batches:
@@ -252,7 +253,7 @@ class BertRouter(Router):
                     history["train_loss"].append(total / ((done - 1) % evaluate_every + 1))
                     history["validation_loss"].append(validation)
                     total = 0.0
-                    if _since_best(history["validation_loss"]) == 0:
+                    if since_best(history["validation_loss"]) == 0:
                         best = _copied(self.model_.state_dict(), "")
                 if checkpoint and (evaluates or done % o.checkpoint_every == 0):
                     tensors = _resumable(parameters, best, optimizer)
@@ -418,7 +419,9 @@ class BertRouter(Router):
             with torch.random.fork_rng(devices=[]):
                 config = AutoConfig.for_model(**doc["config"])
                 encoder = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
-                self._assemble(encoder, doc["tokenizer"], int(doc["max_length"]), _device(wanted))
+                self._assemble(
+                    encoder, doc["tokenizer"], int(doc["max_length"]), torch_device(wanted, "bert")
+                )
             self.model_.load_state_dict({k: torch.tensor(v) for k, v in arrays.items()})
         except Exception as error:
             raise BundleError(
@@ -482,28 +485,11 @@ def _schedule(step: int, steps: int, warmup_share: float) -> float:
     return (steps - step) / max(1, steps - warmup)
 
 
-def _since_best(losses: Sequence[float]) -> int:
-    return len(losses) - 1 - int(np.argmin(losses)) if losses else 0
-
-
 def _diverged(step: int, what: str, value: float) -> TrainingError:
     return TrainingError(
         f"bert diverged in step {step}: the {what} loss is {value}; lower "
         "`training.options.bert.learning_rate`, or check the battle weights"
     )
-
-
-def _device(wanted: str) -> Any:
-    import torch
-
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise TrainingError(
-            "torch finds no CUDA device here: install its CUDA build on a machine with a GPU, or "
-            "leave `training.options.bert.device` at auto"
-        )
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
 
 
 def _fingerprint(

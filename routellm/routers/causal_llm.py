@@ -37,6 +37,7 @@ from routellm.routers.base import (
     cross_entropy,
 )
 from routellm.routers.checkpoint import Checkpoint
+from routellm.routers.finetune import since_best, torch_device
 from routellm.routers.pretrained import Base, Pretrained
 
 LABELS = ("win", "tie", "loss")  # strong's outcome; each row starts as the head's for its word
@@ -122,10 +123,10 @@ class CausalLLMRouter(Router):
         o: CausalLLMOptions = self.options
         if o.device == "cuda":
             try:
-                _device(o.device)
+                torch_device(o.device, "causal_llm")
             except TrainingError as error:
                 return str(error)
-        if o.model == LLAMA and _device(o.device).type == "cpu":
+        if o.model == LLAMA and torch_device(o.device, "causal_llm").type == "cpu":
             return (
                 f"{LLAMA} has 8 billion weights and this machine no GPU: use one, or name a small "
                 "model in training.options.causal_llm.model"
@@ -164,7 +165,7 @@ class CausalLLMRouter(Router):
         asked, truth = _some_prompts(
             battles.prompt[rows[held]], preference[held], o.validation_prompts, seed
         )
-        device = _device(o.device)
+        device = torch_device(o.device, "causal_llm")
 
         # the caller's own torch randomness goes on afterwards as if nothing had been drawn here
         with torch.random.fork_rng(devices=_cuda_devices(device)):
@@ -190,7 +191,7 @@ class CausalLLMRouter(Router):
             total = 0.0
             self.decoder_.train()
             for step in range(start, o.max_steps):
-                if _since_best(history["validation_loss"]) >= o.patience:
+                if since_best(history["validation_loss"]) >= o.patience:
                     break
                 epoch, i = divmod(step, steps_an_epoch)
                 if i == 0 or step == start:
@@ -230,7 +231,7 @@ class CausalLLMRouter(Router):
                 history["train_loss"].append(total / (step % o.validate_every + 1))
                 history["validation_loss"].append(validation)
                 total = 0.0
-                if _since_best(history["validation_loss"]) == 0:
+                if since_best(history["validation_loss"]) == 0:
                     best = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
                 if checkpoint:
                     tensors = _resumable(parameters, best, optimizer)
@@ -325,7 +326,7 @@ class CausalLLMRouter(Router):
 
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         o: CausalLLMOptions = self.options
-        device = _device(o.device)
+        device = torch_device(o.device, "causal_llm")
         cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.bf16_ = o.dtype == "bfloat16" or (o.dtype == "auto" and cuda_bf16)
         # trained weights are float32 throughout: steps of 1e-6 vanish in bfloat16
@@ -498,10 +499,6 @@ def _schedule(step: int, steps: int) -> float:
     return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
 
 
-def _since_best(losses: Sequence[float]) -> int:
-    return len(losses) - 1 - int(np.argmin(losses)) if losses else 0
-
-
 @dataclass(frozen=True)
 class _Truth:
     """Validation battles: row of the prompt asked (n,), and P(strong preferred) (n,)."""
@@ -525,17 +522,6 @@ def _diverged(step: int, what: str, value: float) -> TrainingError:
         f"causal_llm diverged in step {step + 1}: the {what} loss is {value}; lower "
         "`training.options.causal_llm.learning_rate`"
     )
-
-
-def _device(wanted: str) -> Any:
-    import torch
-
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise TrainingError(
-            "torch finds no CUDA device here: install its CUDA build on a machine with a GPU, or "
-            "leave `training.options.causal_llm.device` at auto"
-        )
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _cuda_devices(device: Any) -> list[int]:
