@@ -1,145 +1,90 @@
-"""Run every measurement and print one table.
+"""Run the measurements and print one table: ``make bench`` or ``python -m benchmarks``.
 
 Speeds are ratios within one run, or come with what they were measured on: machines differ and
-are shared. Data is SIMULATED: random battles of the right shape.
+are shared. Data is SIMULATED: random battles of the right shape. What takes longer than a few
+minutes runs when it is named: ``python -m benchmarks growth``.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
-import subprocess
 import sys
-import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
 
-import numpy as np
+Rows = list[tuple[str, str]]
 
-
-def ingest(rows: int = 1_000_000) -> list[tuple[str, str]]:
-    """Ingest battles from one JSON Lines file in a process of its own; peak memory is its own."""
-    code = f"""
-import json, resource, tempfile, time
-from pathlib import Path
-from routellm.ingest import stage
-from routellm.settings import Settings
-from routellm.snapshots import SnapshotStore
-with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder) / "battles.jsonl"
-    with path.open("w") as file:
-        for i in range({rows}):
-            file.write(json.dumps({{"prompt": f"question {{i}} " + "with some words " * 8,
-                "model_a": f"m{{i % 40}}", "model_b": "other", "preference": 1 + i % 2}}) + "\\n")
-    settings = Settings(home=Path(folder) / "home")
-    store = SnapshotStore(settings.snapshots_dir())
-    started = time.perf_counter()
-    staged = stage([str(path)], store, settings)
-    manifest = store.commit(parts=staged.parts, cursors=staged.cursors, previous=None,
-        quarantined_by_rule={{}}, validation={{"passed": True}}, simulated=True)
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps([manifest.rows, seconds, peak]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    n, seconds, peak_mb = json.loads(done.stdout)
-    return [
-        (f"ingest {n:,} battles", f"{seconds:.0f} s, {n / seconds:,.0f} battles/s"),
-        ("  peak memory (limit 2,000 MB)", f"{peak_mb:,.0f} MB"),
-    ]
+# section of the quick table: the module and the function that measures it
+QUICK = {
+    "refit": ("benchmarks.refit", "measure"),
+    "encoder": ("benchmarks.encoder", "measure"),
+    "ingest": ("benchmarks.ingest", "measure"),
+    "routers": ("benchmarks.growth", "measure_quick"),
+}
 
 
-def ranking(battles: int = 50_000) -> list[tuple[str, str]]:
-    """Time sw_ranking against a plain logistic regression over all battles for each query."""
-    from sklearn.linear_model import LogisticRegression
+def in_own_process(section: str) -> Rows:
+    """Return the rows of one section, measured in a process of its own.
 
-    from routellm.routers.base import Pair, TrainingBattles
-    from routellm.routers.sw_ranking import SWRankingRouter
-
-    rng = np.random.default_rng(0)
-    u, d, m = 25_000, 384, 60
-    vectors = rng.normal(size=(u, d)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    a, b = rng.integers(m, size=(2, battles))
-    b = np.where(a == b, (b + 1) % m, b)
-    skill = np.linspace(1, -1, m)
-    won = (rng.random(battles) < 1 / (1 + np.exp(skill[b] - skill[a]))).astype(float)
-    data = TrainingBattles(
-        prompts=tuple(str(i) for i in range(u)), embeddings=vectors,
-        prompt=rng.integers(u, size=battles), models=tuple(f"m{i:02d}" for i in range(m)),
-        model_a=a, model_b=b, preference_a=won, weight=np.ones(battles),
-        label_kind=np.full(battles, "human"), validation=np.zeros(battles, bool),
-        pair=Pair("m02", "m30"),
-    )  # fmt: skip
-    router = SWRankingRouter(None, data.pair)  # type: ignore[arg-type]
-    router.fit(data, rng=rng)
-    queries = vectors[:64]
-    router.score([], queries[:2])
-    started = time.perf_counter()
-    fast = router.score([], queries)
-    ours_ms = (time.perf_counter() - started) / len(queries) * 1000
-
-    tier = np.array([router.tiers_[name] for name in data.models])
-    rows = np.arange(battles)
-    x = np.zeros((battles, router.n_tiers_))
-    np.add.at(x, (rows, tier[a]), 1.0)
-    np.add.at(x, (rows, tier[b]), -1.0)
-    x = np.concatenate([x, -x])  # as RouteLLM's code: every battle twice
-    y = np.concatenate([won, 1 - won])
-    slow, started = [], time.perf_counter()
-    for q in queries[:5]:
-        similarity = (vectors @ q).astype(np.float64)
-        omega = 10.0 ** (1.0 + similarity / similarity.max())
-        omega *= len(omega) / omega.sum()
-        w = np.concatenate([omega[data.prompt]] * 2) / 2
-        beta = (
-            LogisticRegression(C=1.0, fit_intercept=False, tol=1e-8, max_iter=1000)
-            .fit(x, y, sample_weight=w)
-            .coef_[0]
-        )
-        gap = beta[tier[2]] - beta[tier[30]]
-        slow.append(1 / (1 + np.exp(-gap)))
-    refit_ms = (time.perf_counter() - started) / len(slow) * 1000
-    return [
-        (f"sw_ranking, {battles:,} battles: ours", f"{ours_ms:.2f} ms a query, batch of 64"),
-        ("  plain refit of a logistic regression", f"{refit_ms:.0f} ms a query"),
-        ("  ours is faster (limit 30x)", f"{refit_ms / ours_ms:.0f}x"),
-        ("  largest difference in win rate", f"{np.abs(fast[: len(slow)] - slow).max():.1e}"),
-    ]
+    A process starts with its parent's peak memory as its own, so the parent must stay small for
+    the peaks of what it starts to mean anything.
+    """
+    module, function = QUICK[section]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        rows: Rows = pool.submit(getattr(import_module(module), function)).result()
+    return rows
 
 
-def embedding() -> list[tuple[str, str]]:
-    """Time the default encoder, in a batch and for one query."""
-    from routellm.embeddings import get_encoder
-    from routellm.settings import EmbeddingSettings
-
-    encoder = get_encoder(EmbeddingSettings())
-    prompts = [f"Explain number {i} to me in a few words, with an example." for i in range(256)]
-    encoder.encode(prompts[:8])
-    started = time.perf_counter()
-    encoder.encode(prompts)
-    batch = len(prompts) / (time.perf_counter() - started)
-    single = []
-    for prompt in prompts[:30]:
-        started = time.perf_counter()
-        encoder.encode([prompt])
-        single.append((time.perf_counter() - started) * 1000)
-    return [
-        ("embedding, prompts of 15 tokens, batches", f"{batch:.0f} prompts/s"),
-        ("  one prompt (median)", f"{np.median(single):.1f} ms"),
-    ]
-
-
-def main() -> None:
+def show(title: str, sections: Sequence[Rows]) -> None:
+    """Print one table."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"SIMULATED data, {os.cpu_count()} cores", title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("measurement")
     table.add_column("result", justify="right")
-    for measure in (ranking, embedding, ingest):
-        for row in measure():
+    for rows in sections:
+        for row in rows:
             table.add_row(*row)
         table.add_section()
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    from benchmarks.growth import LIMIT_S, SIZES, measured_kinds
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb")
+    quick = verbs.add_parser("quick", help="the table (default): a few minutes on two cores")
+    quick.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(QUICK)}")
+    growth = verbs.add_parser("growth", help="routers up to a million battles: about half an hour")
+    kinds, sizes = ",".join(measured_kinds()), ",".join(map(str, SIZES))
+    growth.add_argument("--kinds", default=kinds, help="default: %(default)s")
+    growth.add_argument("--sizes", default=sizes, help="default: %(default)s")
+    growth.add_argument(
+        "--limit-s", type=float, default=LIMIT_S, help="for a kind and size; default: %(default)s"
+    )
+    asked = parser.parse_args()
+    unknown = set(getattr(asked, "names", [])) - set(QUICK)
+    if unknown:
+        parser.error(f"no measurement {', '.join(sorted(unknown))}: use {', '.join(QUICK)}")
+    return asked
+
+
+def main() -> None:
+    asked = arguments()
+    title = f"SIMULATED data, {os.cpu_count()} cores"
+    if asked.verb == "growth":
+        from benchmarks import growth
+
+        sizes = [int(n) for n in asked.sizes.split(",")]
+        show(title, [growth.measure(asked.kinds.split(","), sizes, asked.limit_s)])
+        return
+    show(title, [in_own_process(name) for name in getattr(asked, "names", None) or QUICK])
 
 
 if __name__ == "__main__":

@@ -152,6 +152,8 @@ def augment(plan: Plan, settings: Settings) -> None:
             f"{n:,} {k} (weight {weights.get(k, 1.0):g})" for k, n in prepared.by_label_kind.items()
         )
         line.result = f"{kinds}; {len(prepared.battles.prompts):,} distinct prompts embedded"
+        if plan.contamination and plan.contamination.summary:
+            line.notes.append(plan.contamination.summary)
 
 
 @_task(task_run_name="train-{kind}")
@@ -233,7 +235,9 @@ def retrain(
     missing = [kind for kind in kinds if kind not in done]
     if missing:
         augment(plan, settings)
-        with retraining_run(registry, manifest, docs, plan.label_weights) as parent:
+        with retraining_run(
+            registry, manifest, docs, plan.label_weights, plan.contamination
+        ) as parent:
             for kind in missing:
                 trained = train(kind, plan, settings)
                 evaluate(trained, plan, settings)

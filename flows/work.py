@@ -22,7 +22,13 @@ from routellm.calibration import Calibration
 from routellm.embeddings import Encoder, Progress
 from routellm.errors import BenchmarkError, UsageError
 from routellm.evaluation.benchmarks import Benchmark, load_benchmarks
-from routellm.evaluation.contamination import largest_similarity
+from routellm.evaluation.contamination import (
+    Contamination,
+    Side,
+    find_matches,
+    listed,
+    nearest,
+)
 from routellm.evaluation.evaluate import Evaluation, evaluate
 from routellm.evaluation.fetch import fetch_published
 from routellm.evaluation.plots import plot_curves
@@ -43,6 +49,8 @@ class Plan:
         As published; `clean` holds them less what the training prompts may have shown.
     primary : str
         The benchmark that promotion looks at.
+    contamination : Contamination or None
+        What was left out because training and evaluation share it, once embedded.
     """
 
     manifest: Manifest
@@ -53,6 +61,7 @@ class Plan:
     primary: str
     prepared: training.Prepared | None = None
     clean: dict[str, Clean] = field(default_factory=dict)
+    contamination: Contamination | None = None
 
     @property
     def label_weights(self) -> dict[str, float]:
@@ -62,7 +71,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Clean:
-    """A benchmark less its contaminated prompts, with the rest's embeddings."""
+    """A benchmark less its contaminated prompts, with the rest's embeddings.
+
+    Attributes
+    ----------
+    similarity : float
+        The paper's S(B, D): of the whole benchmark to the battles trained on.
+    """
 
     benchmark: Benchmark
     embeddings: np.ndarray[Any, Any]
@@ -191,18 +206,43 @@ def embedded(plan: Plan, settings: Settings, progress: Progress | None = None) -
             f"nothing to measure on: fewer than {training.MIN_HELDOUT} held-out battles of "
             f"{plan.pair.strong} and {plan.pair.weak}, and no benchmark tables; give --benchmarks"
         )
+    how = settings.evaluation
+    side: Side = "training" if how.contamination == "drop_training" else "evaluation"
+    prompts = prepared.battles.prompts
+    vectors = {b.name: plan.encoder.encode(b.prompts, progress=progress) for b in benchmarks}
+    found = {
+        b.name: find_matches(
+            b.prompts,
+            vectors[b.name],
+            prompts,
+            prepared.battles.embeddings,
+            similarity=how.contamination_similarity,
+            ngram=how.contamination_ngram,
+            side=side,
+        )
+        for b in benchmarks
+    }
+    shown = {b.name: listed(found[b.name].matches, b.prompts, prompts) for b in benchmarks}
+    if side == "training":
+        out = np.zeros(len(prompts), dtype=bool)
+        out[[m.training for f in found.values() for m in f.matches]] = True
+        prepared = training.without_prompts(prepared, out, settings)
     for one in benchmarks:
-        vectors = plan.encoder.encode(one.prompts, progress=progress)
-        similarity = largest_similarity(vectors, prepared.battles.embeddings)
-        seen = similarity >= settings.evaluation.contamination_similarity
+        mine, similarity = vectors[one.name], found[one.name].similarity
+        seen = np.zeros(len(one), dtype=bool)
+        if side == "evaluation":
+            seen[[m.prompt for m in found[one.name].matches]] = True
+        else:  # to what is left to train on
+            similarity = nearest(mine, prepared.battles.embeddings)[1]
         if seen.all():
             raise BenchmarkError(
                 f"every prompt of benchmark {one.name} is among the training prompts: measure on "
                 "another benchmark"
             )
-        plan.clean[one.name] = Clean(one.without(seen), vectors[~seen], float(similarity.mean()))
+        plan.clean[one.name] = Clean(one.without(seen), mine[~seen], float(similarity.mean()))
     if plan.primary not in plan.clean:
         raise BenchmarkError(f"there are too few held-out battles to promote on {plan.primary!r}")
+    plan.contamination = Contamination(side, shown, prepared.left_out)
     plan.prepared = prepared
     return prepared
 
@@ -251,7 +291,7 @@ def train_router(
         router=router,
         embedding=settings.embedding,
         calibration=Calibration.of(
-            router.score(sample.benchmark.prompts, sample.embeddings),
+            router.rates(sample.benchmark.prompts, sample.embeddings),
             f"the prompts of {plan.primary}",
         ),
         golden=golden_predictions(router, sample.benchmark.prompts),
@@ -338,7 +378,7 @@ def measure(router: Router, plan: Plan, settings: Settings) -> dict[str, Evaluat
     out = {}
     for name, clean in sorted(plan.clean.items(), key=lambda item: item[0] == "heldout"):
         out[name] = evaluate(
-            router.score(clean.benchmark.prompts, clean.embeddings),
+            router.rates(clean.benchmark.prompts, clean.embeddings),
             clean.benchmark,
             plan.pair,
             rng=np.random.default_rng(settings.training.seed),

@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from registry.card import model_card
 from registry.client import Registry, VersionInfo, _said
 from routellm import __version__
 from routellm.bundle import Bundle, save_bundle
+from routellm.evaluation.contamination import Contamination
 from routellm.evaluation.evaluate import Evaluation
 from routellm.routers.base import FitReport
+from routellm.settings import EvaluationSettings
 from routellm.snapshots import Manifest
 
 MODEL_CODE = Path(__file__).with_name("model_code.py")
@@ -26,11 +29,13 @@ def retraining_run(
     manifest: Manifest,
     data_docs: Path | None = None,
     label_weights: Mapping[str, float] | None = None,
+    contamination: Contamination | None = None,
 ) -> Iterator[str]:
     """Open the parent run of one retraining; yields its id.
 
-    It shows what the snapshot was held to (``validation.json`` as a table) and links the Data
-    Docs in its description.
+    It shows what the snapshot was held to (``validation.json`` as a table), links the Data Docs
+    in its description, and lists the prompts left out because training and evaluation share them
+    (``contamination.json``, by digests).
     """
     import mlflow
 
@@ -48,7 +53,30 @@ def retraining_run(
         if rules:
             columns = {name: [rule[name] for rule in rules] for name in rules[0]}
             mlflow.log_table(columns, "validation.json")
+        if contamination is not None:
+            _log_contamination(contamination, registry.settings.evaluation)
         yield run.info.run_id
+
+
+def _log_contamination(contamination: Contamination, settings: EvaluationSettings) -> None:
+    """Log on the open run how prompts were compared, how many match, and which."""
+    import mlflow
+
+    names = ("contamination", "contamination_similarity", "contamination_ngram")
+    mlflow.log_params({name: getattr(settings, name) for name in names})
+    rows: list[dict[str, Any]] = []
+    metrics = {"contamination.battles_left_out": float(contamination.battles)}
+    for benchmark, dropped in contamination.by_benchmark.items():
+        for by in ("similarity", "ngram"):
+            found = [one for one in dropped if one.matched_by in (by, "both")]
+            metrics[f"{benchmark}.matched_by_{by}"] = float(len(found))
+        rows += [
+            {"benchmark": benchmark, "left_out": contamination.side, **asdict(one)}
+            for one in dropped
+        ]
+    mlflow.log_metrics(metrics)
+    if rows:
+        mlflow.log_table({name: [r[name] for r in rows] for name in rows[0]}, "contamination.json")
 
 
 def log_version(

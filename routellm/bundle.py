@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from routellm.calibration import Calibration
+from routellm.calibration import Calibration, Platt
 from routellm.embeddings import Encoder, get_encoder
 from routellm.errors import BundleError, UsageError
 from routellm.routers.base import Pair, Router, make_router, router_class
@@ -26,7 +26,6 @@ from routellm.settings import EmbeddingSettings
 from routellm.snapshots import file_sha256, write_atomic
 
 _FILES = ("weights.safetensors", "router.json")
-_GOLDEN_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Bundle:
             return
         now = self.router.win_rate([prompt for prompt, _ in self.golden])
         worst = float(np.abs(now - np.array([rate for _, rate in self.golden])).max())
-        if not worst <= _GOLDEN_TOLERANCE:
+        if not worst <= self.router.golden_tolerance:
             raise BundleError(
                 f"the {self.kind} router gives other win rates than when it was registered (off "
                 f"by {worst:.4f} on its golden prompts): its files or its encoder "
@@ -117,6 +116,7 @@ def save_bundle(bundle: Bundle, directory: Path) -> None:
             "pair": asdict(bundle.pair),
             "options": bundle.router.options.model_dump(mode="json"),
             "state": doc,
+            "platt": asdict(bundle.router.platt),
             "encoder": bundle.router.encoder.identity,
             "embedding": bundle.embedding.model_dump(exclude={"api_key"}),
             "calibration": asdict(bundle.calibration),
@@ -175,6 +175,7 @@ def load_bundle(
             )
         router = make_router(doc["kind"], encoder, Pair(**doc["pair"]), doc["options"])
         router.load_state(arrays, doc["state"])
+        router.platt = Platt(**doc.get("platt", {}))  # bundles from before have none
         calibration = doc["calibration"]
         return Bundle(
             router=router,

@@ -44,13 +44,17 @@ class LabelWeights:
 
 def choose_label_weights(battles: TrainingBattles) -> LabelWeights:
     """Choose a weight for each label kind; 1 for the trusted one."""
-    trusted = battles.trusted_kind()
+    trusted, prompts = battles.trusted_kind(), battles.trusted_prompts()
     weights = dict.fromkeys(battles.kinds_by_trust(), 0.0) | {trusted: 1.0}
     errors: dict[str, tuple[float, ...]] = {}
     for kind in battles.kinds_by_trust():
         if kind == trusted:
             continue
-        tried = [_errors(battles, weights | {kind: weight}) for weight in CHOICES]
+        tried = [
+            _errors(battles, weights | {kind: weight}, (trusted, prompts)) for weight in CHOICES
+        ]
+        if len(tried[0]) < 2:  # nothing to judge by, and no error to give it
+            continue
         errors[kind] = tuple(float(e.mean()) for e in tried)
         chosen = 0
         for i in range(1, len(CHOICES)):
@@ -79,11 +83,15 @@ def fixed_label_weights(battles: TrainingBattles, given: Mapping[str, float]) ->
     return LabelWeights(battles.trusted_kind(), {k: given.get(k, 1.0) for k in kinds}, {})
 
 
-def _errors(battles: TrainingBattles, weights: Mapping[str, float]) -> NDArray[np.float64]:
+def _errors(
+    battles: TrainingBattles,
+    weights: Mapping[str, float],
+    trusted: tuple[str, NDArray[np.int64]],
+) -> NDArray[np.float64]:
     """Return squared errors (k,) of nearest neighbours, at their best, on the k trusted prompts."""
     weighed = weigh(battles, weights)
-    _, errors = best_own(weighed, standings(weighed))
-    return min(errors, key=lambda e: float(e.mean()))
+    _, errors = best_own(weighed, standings(weighed), trusted)
+    return min(errors, key=lambda e: float(e.mean()), default=np.empty(0))
 
 
 def weigh(battles: TrainingBattles, weights: Mapping[str, float]) -> TrainingBattles:

@@ -151,6 +151,17 @@ class EvaluationSettings(_Group):
     contamination_similarity: float = Field(
         0.95, gt=0, le=1, description="cosine similarity at which a prompt counts as seen"
     )
+    contamination_ngram: int = Field(
+        13,
+        ge=0,
+        le=100,
+        description="words of a run that counts when prompts are compared by their words; 0 "
+        "compares no words",
+    )
+    contamination: Literal["drop_evaluation", "drop_training"] = Field(
+        "drop_evaluation",
+        description="what is left out where an evaluation and a training prompt match",
+    )
     input_tokens: float = Field(
         95.0, ge=0, description="tokens of a query, for its cost (the paper's average)"
     )

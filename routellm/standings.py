@@ -9,7 +9,9 @@ right answer prefer a model by different amounts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,7 @@ from routellm.routers.base import Pair, TrainingBattles
 Floats = NDArray[np.float64]
 
 _BLOCK_BYTES = 64 * 2**20  # of similarities held at once
+_BLOCK_COLUMNS = 16_384  # of them, that several sharpnesses pass over at once
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,32 @@ class Standings:
         """Return P(strong preferred) over all prompts."""
         s, w = (self.models.index(m) for m in (pair.strong, pair.weak))
         return float(self.expected[s, w])
+
+    def on(self, prompts: NDArray[np.int64]) -> Standings:
+        """Return the standings on some of the prompts (rows)."""
+        return replace(self, residual=self.residual[prompts], weight=self.weight[prompts])
+
+    def to_arrays(self) -> tuple[dict[str, NDArray[Any]], list[str]]:
+        """Return named arrays, and the models' names: what `from_arrays` takes."""
+        out: dict[str, NDArray[Any]] = {"expected": self.expected}
+        for name in ("residual", "weight"):
+            matrix = getattr(self, name)
+            out[f"{name}_data"] = matrix.data
+            out[f"{name}_indices"] = matrix.indices.astype(np.int32)
+            out[f"{name}_indptr"] = matrix.indptr.astype(np.int64)
+        return out, list(self.models)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], models: Sequence[str]) -> Standings:
+        """Return the standings that `to_arrays` gave."""
+
+        def matrix(name: str) -> sparse.csr_matrix:
+            parts = (arrays[f"{name}_{part}"] for part in ("data", "indices", "indptr"))
+            return sparse.csr_matrix(
+                tuple(parts), shape=(len(arrays[f"{name}_indptr"]) - 1, len(models))
+            )
+
+        return cls(tuple(models), matrix("residual"), matrix("weight"), arrays["expected"])
 
 
 def standings(battles: TrainingBattles, *, only: str | None = None) -> Standings:
@@ -152,3 +181,43 @@ class Smoother:
             mass[block] = kernel @ self.weight
             mean[block] = kernel @ (self.weight * self.residual) / (mass[block] + prior)
         return mean, mass
+
+
+def leave_one_out(
+    embeddings: NDArray[np.float32],
+    residual: Floats,
+    weight: Floats,
+    rows: NDArray[np.int64],
+    sharpness: Sequence[float],
+) -> tuple[Floats, Floats]:
+    """Return what a `Smoother` of each sharpness says at its own `rows` (n,), each left out.
+
+    As ``Smoother(...)(embeddings[rows], left_out=rows)``, but similarities, which are most of the
+    work, are computed once for all of them.
+
+    Returns
+    -------
+    mean, mass : ndarray float64 (len(sharpness), n)
+    """
+    mean = np.zeros((len(sharpness), len(rows)))
+    mass = np.zeros_like(mean)
+    step = _BLOCK_BYTES // (8 * _BLOCK_COLUMNS)
+    both = np.stack([weight, weight * residual], axis=1)  # (u, 2)
+    for start in range(0, len(rows), step):
+        queries = rows[start : start + step]
+        at = slice(start, start + len(queries))
+        for first in range(0, len(embeddings), _BLOCK_COLUMNS):
+            known = slice(first, first + _BLOCK_COLUMNS)
+            below = (embeddings[queries] @ embeddings[known].T).astype(np.float64)  # (b, c)
+            below -= 1.0
+            inside = np.flatnonzero((queries >= first) & (queries < first + below.shape[1]))
+            below[inside, queries[inside] - first] = -np.inf  # its kernel is 0
+            kernel = np.empty_like(below)
+            for i, sharp in enumerate(sharpness):
+                np.multiply(below, sharp, out=kernel)
+                np.exp(kernel, out=kernel)
+                sums = kernel @ both[known]
+                mass[i, at] += sums[:, 0]
+                mean[i, at] += sums[:, 1]
+    mean /= mass + np.exp(-0.5 * np.asarray(sharpness))[:, None]
+    return mean, mass

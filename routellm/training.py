@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from routellm.label_weights import (
     weigh,
 )
 from routellm.routers.base import FitReport, Pair, Router, TrainingBattles, make_router
+from routellm.routers.platt import calibrated
 from routellm.settings import Settings
 from routellm.snapshots import Manifest, SnapshotStore
 
@@ -41,12 +42,15 @@ class Prepared:
         Battles taken, by label kind, after augmentation.
     label_weights : LabelWeights
         How much each label kind counts in `battles`.
+    left_out : int
+        Battles taken out again because their prompts match evaluation prompts.
     """
 
     battles: TrainingBattles
     heldout: Benchmark | None
     by_label_kind: dict[str, int]
     label_weights: LabelWeights
+    left_out: int = 0
 
 
 def augment(table: pa.Table, label_kinds: Sequence[str]) -> pa.Table:
@@ -131,6 +135,52 @@ def prepare(
     battles = select(~kept_aside, embeddings)
     counts = {str(k): int(n) for k, n in zip(*np.unique(kinds, return_counts=True), strict=True)}
     heldout = _heldout(select(kept_aside, no_embeddings), manifest)
+    return _weighed(battles, heldout, counts, settings)
+
+
+def without_prompts(prepared: Prepared, out: np.ndarray, settings: Settings) -> Prepared:
+    """Return what is left without the battles on the prompts marked in `out` (u,).
+
+    Label kinds are weighed again, by the battles that are left.
+
+    Raises
+    ------
+    TrainingError
+        If nothing is left to train on.
+    """
+    if not out.any():
+        return prepared
+    battles = prepared.battles
+    gone = out[battles.prompt]
+    if gone.all():
+        raise TrainingError(
+            "every training prompt matches an evaluation prompt: set `evaluation.contamination` to "
+            "drop_evaluation, or name another benchmark"
+        )
+    used, where = np.unique(battles.prompt[~gone], return_inverse=True)
+    left = replace(
+        battles,
+        prompts=tuple(battles.prompts[i] for i in used),
+        embeddings=battles.embeddings[used],
+        prompt=where.astype(np.int64),
+        model_a=battles.model_a[~gone],
+        model_b=battles.model_b[~gone],
+        preference_a=battles.preference_a[~gone],
+        weight=np.ones(len(where)),
+        label_kind=battles.label_kind[~gone],
+        validation=battles.validation[~gone],
+    )
+    counts = {
+        kind: n - int((battles.label_kind[gone] == kind).sum())
+        for kind, n in prepared.by_label_kind.items()
+    }
+    weighed = _weighed(left, prepared.heldout, counts, settings)
+    return replace(weighed, left_out=int(gone.sum()))
+
+
+def _weighed(
+    battles: TrainingBattles, heldout: Benchmark | None, counts: dict[str, int], settings: Settings
+) -> Prepared:
     given = settings.training.label_weights
     weights = (
         choose_label_weights(battles) if given is None else fixed_label_weights(battles, given)
@@ -175,7 +225,7 @@ def train(
     progress: Progress | None = None,
     checkpoint: Path | None = None,
 ) -> tuple[Router, FitReport]:
-    """Train one router; the same battles, options and seed give the same router.
+    """Train and calibrate one router; the same battles, options and seed give the same router.
 
     `checkpoint` is a folder that is this training's own (see `Router.fit`).
     """
@@ -183,4 +233,16 @@ def train(
     report = router.fit(
         battles, rng=np.random.default_rng(seed), progress=progress, checkpoint=checkpoint
     )
-    return router, report
+
+    def again(others: TrainingBattles) -> Router:
+        one = make_router(kind, encoder, others.pair, options)
+        one.fit(others, rng=np.random.default_rng(seed))
+        return one
+
+    router.platt, found = calibrated(router, battles, again, rng=np.random.default_rng(seed))
+    params = {"platt_slope": router.platt.slope, "platt_intercept": router.platt.intercept}
+    return router, replace(
+        report,
+        params=report.params | params | {"platt": found.kept_out or "fitted"},
+        metrics=report.metrics | found.metrics(),
+    )

@@ -10,6 +10,8 @@ import typer
 from routellm.cli.context import load_settings, out, print_json, registry_of, set_home
 from routellm.cli.judge import EXAMPLE as JUDGE_EXAMPLE
 from routellm.cli.judge import judge
+from routellm.cli.options import Benchmarks, Json
+from routellm.cli.routing import CALIBRATE, EVALUATE, ROUTE, calibrate, evaluate, route
 from routellm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,20 +27,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Sources = Annotated[
     list[str] | None,
     typer.Argument(help="Files, folders, org/name@revision, or simulated://arena."),
 ]
-Benchmarks = Annotated[
-    str | None,
-    typer.Option(help="Folder of benchmark tables, or `routellm` to fetch the paper's own."),
-]
-Threshold = Annotated[
-    float | None, typer.Option(help="Win rate from which a query goes to strong, in [0, 1].")
-]
-Fraction = Annotated[float | None, typer.Option(help="Share of queries for strong, in [0, 1].")]
-Version = Annotated[str, typer.Option("--version", help="Version number or alias.")]
 
 
 @app.callback()
@@ -186,47 +178,7 @@ def retrain(
     run_retraining(source, routers, benchmarks, move_alias=promote, as_json=json)
 
 
-@app.command(epilog="Example: routellm evaluate champion --benchmarks tables/")
-def evaluate(
-    version: Annotated[str, typer.Argument(help="Version number or alias.")],
-    benchmarks: Benchmarks = None,
-    json: Json = False,
-) -> None:
-    """Show how a version did, or measure it on other benchmark tables."""
-    from routellm.cli.retrain import evaluation_table
-
-    settings = load_settings()
-    registry = registry_of(settings)
-    info = registry.get(version)
-    if benchmarks is None:
-        found = registry.evaluations(info)
-    else:
-        import numpy as np
-
-        from flows.work import named_benchmarks
-        from routellm.evaluation.evaluate import evaluate as measure
-
-        router = registry.bundle(info, cache_path=settings.embeddings_path).router
-        found = {}
-        for one in named_benchmarks(benchmarks, settings.home):
-            one.of_pair(router.pair)
-            found[one.name] = measure(
-                router.win_rate(one.prompts),
-                one,
-                router.pair,
-                rng=np.random.default_rng(settings.training.seed),
-                resamples=settings.evaluation.bootstrap,
-                usd_per_query=(
-                    settings.usd_per_query(router.pair.strong),
-                    settings.usd_per_query(router.pair.weak),
-                ),
-            )
-    if json:
-        print_json({name: one.to_dict() for name, one in found.items()})
-        return
-    out.print(evaluation_table([(f"{info.kind} v{info.version}", found, None)]))
-    if benchmarks is not None:
-        out.print("[yellow]not checked for prompts that training may have seen[/]")
+app.command(epilog=EVALUATE)(evaluate)
 
 
 @app.command(epilog="Example: routellm versions")
@@ -333,73 +285,8 @@ def rollback(
         out.print(f"[green]champion is version {info.version}[/] ({info.kind}) again")
 
 
-@app.command(epilog='Example: routellm route "Prove that 17 is prime" --strong-fraction 0.3')
-def route(
-    prompt: str,
-    threshold: Threshold = None,
-    strong_fraction: Fraction = None,
-    version: Version = "champion",
-    json: Json = False,
-) -> None:
-    """Say where one prompt would go."""
-    settings = load_settings()
-    registry = registry_of(settings)
-    info = registry.get(version)
-    bundle = registry.bundle(info, cache_path=settings.embeddings_path)
-    limit = bundle.thresholds(threshold, strong_fraction)
-    rate = float(bundle.router.win_rate([prompt])[0])
-    way = "strong" if rate >= limit else "weak"
-    model = bundle.pair.strong if way == "strong" else bundle.pair.weak
-    if json:
-        print_json(
-            {"route": way, "model": model, "win_rate": rate, "threshold": limit,
-             "version": info.version, "kind": info.kind, "simulated": info.simulated}
-        )  # fmt: skip
-        return
-    out.print(
-        f"[bold]{way}[/] ({model}): win rate {rate:.4f} "
-        f"{'≥' if way == 'strong' else '<'} threshold {limit:.4f}; {info.kind}, "
-        f"version {info.version}" + (", [yellow]SIMULATED[/]" if info.simulated else "")
-    )
-
-
-@app.command(epilog="Example: routellm calibrate --queries queries.txt --strong-fraction 0.3")
-def calibrate(
-    queries: Annotated[
-        Path | None, typer.Option(help="Your own queries, one a line; by default the version's.")
-    ] = None,
-    strong_fraction: Annotated[float, typer.Option(help="Share for strong, in [0, 1].")] = 0.5,
-    version: Version = "champion",
-    json: Json = False,
-) -> None:
-    """Say which threshold sends a share of your queries to strong."""
-    from routellm.calibration import Calibration
-
-    settings = load_settings()
-    registry = registry_of(settings)
-    info = registry.get(version)
-    bundle = registry.bundle(info, cache_path=settings.embeddings_path)
-    calibration = bundle.calibration
-    if queries is not None:
-        try:
-            lines = [q for q in queries.read_text(encoding="utf-8").splitlines() if q.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read {queries} ({error}): give a UTF-8 text file") from error
-        calibration = Calibration.of(bundle.router.win_rate(lines), str(queries))
-    limit = calibration.threshold(strong_fraction)
-    low, high = calibration.threshold_interval(strong_fraction)
-    if json:
-        print_json(
-            {"threshold": limit, "threshold_low": low, "threshold_high": high,
-             "strong_fraction": strong_fraction, "sample": calibration.sample,
-             "n": calibration.n, "version": info.version}
-        )  # fmt: skip
-        return
-    out.print(
-        f"threshold [bold]{limit:.4f}[/] sends {strong_fraction:.0%} of {calibration.n:,} queries "
-        f"({calibration.sample}) to strong; for all traffic like these it lies in "
-        rf"\[{low:.4f}, {high:.4f}] (95 %). As a model name: router-{info.kind}-{limit:.4f}"
-    )
+app.command(epilog=ROUTE)(route)
+app.command(epilog=CALIBRATE)(calibrate)
 
 
 @app.command(epilog="Example: routellm serve --demo")

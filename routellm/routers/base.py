@@ -11,17 +11,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from pydantic import ValidationError as InvalidOptions
 
+from routellm.calibration import IDENTITY, Platt
 from routellm.embeddings.base import Encoder, Progress
 from routellm.errors import TrainingError, UsageError
+from routellm.lineup import Lineup
 from routellm.ratings import assign_tiers, fit_bradley_terry, win_table
 from routellm.threads import one_blas_thread
 
@@ -197,11 +200,28 @@ class Router(ABC):
         What can be set about it.
     reads_embeddings : bool
         Whether `score` looks at embeddings; False spares the encoder.
+    any_pair : bool
+        Whether it learns of models rather than of its pair alone, so that `for_pair` can turn it
+        to another one. Such a kind sets `lineup_` when it is fitted and loaded.
+    lineup_ : Lineup
+        The models it has met.
+    learns_from_validation : bool
+        Whether `fit` learns from validation battles too. If so, calibration fits a second router
+        without them; a kind that only chooses by them (an epoch, say) sets False.
+    golden_tolerance : float
+        Largest change of a win rate that another machine's rounding can make.
+    platt : Platt
+        Maps scores to calibrated win rates; unchanged until a trainer sets it.
     """
 
     kind: ClassVar[str]
     Options: ClassVar[type[RouterOptions]] = RouterOptions
     reads_embeddings: ClassVar[bool] = True
+    any_pair: ClassVar[bool] = False
+    learns_from_validation: ClassVar[bool] = True
+    golden_tolerance: ClassVar[float] = 1e-4
+    lineup_: Lineup
+    platt: Platt = IDENTITY
 
     def __init__(self, encoder: Encoder, pair: Pair, options: RouterOptions | None = None) -> None:
         self.encoder = encoder
@@ -209,14 +229,53 @@ class Router(ABC):
         self.options: Any = options if options is not None else self.Options()
 
     def win_rate(self, prompts: Sequence[str]) -> NDArray[np.float64]:
-        """Return P(strong preferred | prompt), a tie counting half: float64 (n,) in [0, 1]."""
+        """Return P(strong preferred | prompt), a tie counting half: float64 (n,) in [0, 1].
+
+        Calibrated: `score`, mapped by `platt`.
+        """
         if not prompts:
             return np.empty(0, dtype=np.float64)
         if not self.reads_embeddings:
-            return self.score(prompts, np.empty((len(prompts), 0), dtype=np.float32))
+            return self.rates(prompts, np.empty((len(prompts), 0), dtype=np.float32))
         embeddings = self.encoder.encode(prompts)
         with one_blas_thread() if len(prompts) == 1 else nullcontext():
-            return self.score(prompts, embeddings)
+            return self.rates(prompts, embeddings)
+
+    def rates(self, prompts: Sequence[str], embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return `win_rate` (n,) of prompts whose embeddings (n, d) are at hand."""
+        return self.platt(self.score(prompts, embeddings))
+
+    def for_pair(self, pair: Pair) -> Self:
+        """Return a router between two other models, by what this one knows of them.
+
+        Nothing is trained; this router stays as it is. What was chosen on the trained pair's
+        battles (epochs, sharpness, weights of label kinds) stays as chosen. Its win rates are not
+        calibrated: `platt` was fitted on the trained pair and is dropped.
+
+        Raises
+        ------
+        UsageError
+            If the kind knows one pair only, or too little of these two models.
+        """
+        if pair == self.pair:
+            return self
+        if not self.any_pair:
+            able = ", ".join(k for k in router_kinds() if router_class(k).any_pair)
+            raise UsageError(
+                f"a {self.kind} router knows only the pair it was trained for "
+                f"({self.pair.strong}, {self.pair.weak}): use a version of a kind that knows "
+                f"others ({able}), or train one for {pair.strong} and {pair.weak}"
+            )
+        pair = Pair(*self.lineup_.resolve(pair.strong, pair.weak))
+        if pair == self.pair:
+            return self
+        turned = copy(self)
+        turned.pair, turned.platt = pair, IDENTITY
+        turned.turn()
+        return turned
+
+    def turn(self) -> None:  # noqa: B027 (most of what is learnt may hold for any pair)
+        """Set what depends on the pair, once `for_pair` has changed it."""
 
     def unavailable(self) -> str:
         """Return why this router cannot be trained on this machine, or "" if it can.
@@ -245,7 +304,7 @@ class Router(ABC):
 
     @abstractmethod
     def score(self, prompts: Sequence[str], embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return win rates (n,) for prompts whose embeddings (n, d) are at hand."""
+        """Return win rates (n,) as learnt, before calibration; `rates` has them calibrated."""
 
     @abstractmethod
     def state(self) -> tuple[Arrays, dict[str, Any]]:

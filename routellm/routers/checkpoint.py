@@ -7,14 +7,18 @@ old checkpoint or the new one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from routellm.snapshots import file_sha256, write_atomic
 
@@ -95,3 +99,63 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("the checkpoint in %s is damaged (%s): starting anew", folder, error)
             return None
+
+
+# --- what is in one ------------------------------------------------------------------------------
+
+
+def fingerprint(doc: list[Any], arrays: Iterable[NDArray[Any]], prompts: Iterable[str]) -> str:
+    """Return a digest of all that the trained weights follow from.
+
+    Parameters
+    ----------
+    doc : list
+        JSON-serialisable: options, base, seed, device.
+    arrays, prompts : iterable
+        What is learnt and validated on, in order.
+    """
+    import torch
+
+    doc = [*doc, str(torch.__version__)]
+    digest = hashlib.sha256(json.dumps(doc, sort_keys=True).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    for prompt in prompts:
+        digest.update(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest())
+    return digest.hexdigest()
+
+
+def resumable(
+    parameters: Mapping[str, Any], best: Mapping[str, Any], optimizer: Any
+) -> dict[str, Any]:
+    """Return all tensors that a training goes on from, on the CPU."""
+    out = copied(parameters, "now.") | {f"best.{k}": t for k, t in best.items()}
+    for name, p in parameters.items():
+        out |= copied(optimizer.state[p], f"optimizer.{name}.")
+    return out
+
+
+def resume(
+    tensors: Mapping[str, Any], parameters: Mapping[str, Any], optimizer: Any
+) -> dict[str, Any]:
+    """Put parameters and optimizer where they stood, and return the best weights so far."""
+    import torch
+
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(tensors[f"now.{name}"])
+    # the optimizer numbers its weights group by group, and knows on which device each moment lies
+    names = {id(p): name for name, p in parameters.items()}
+    numbered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        i: {key: tensors[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for i, name in enumerate(numbered)
+        if f"optimizer.{name}.step" in tensors  # a weight out of use has no state
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return {k.removeprefix("best."): t for k, t in tensors.items() if k.startswith("best.")}
+
+
+def copied(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return copies on the CPU, which training does not go on to change."""
+    return {f"{prefix}{k}": t.detach().to("cpu", copy=True) for k, t in tensors.items()}

@@ -6,6 +6,7 @@ difference of the two models' standings, averaged over neighbours by similarity.
 average over the models' relatives foretells counts as some more neighbours: as many as the pair
 has on prompts like those it fought over, so that it is heard there and decides far away from them.
 Battles of either model with any other count, so two models need not have met to be routed between.
+The standings of all models are kept, so that another pair needs no training.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from routellm.embeddings.base import Progress
+from routellm.lineup import Lineup
 from routellm.routers.base import Arrays, FitReport, Router, RouterOptions, TrainingBattles
-from routellm.standings import Smoother, Standings, standings
+from routellm.standings import Smoother, Standings, leave_one_out, standings
 
 SHARPNESS = (2.5, 5.0, 7.0, 10.0, 14.0, 20.0, 40.0)
+_MAX_LEFT_OUT = 4_000  # prompts left out in turn: more would take time in proportion to its square
+_PULL_PROMPTS = 2_000  # enough for a median; all of them would take as long as training does
 
 
 class KNearestOptions(RouterOptions):
@@ -42,6 +46,8 @@ class KNearestRouter(Router):
 
     Attributes
     ----------
+    embeddings_ : ndarray float32 (u, d)
+        Of the prompts on which any model stands; `stood_` are the standings there.
     own_, kin_ : Smoother
         Over the pair's own standings and its relatives'.
     level_ : float
@@ -53,6 +59,7 @@ class KNearestRouter(Router):
 
     kind = "knn"
     Options = KNearestOptions
+    any_pair = True
 
     def fit(
         self,
@@ -63,22 +70,26 @@ class KNearestRouter(Router):
         checkpoint: Path | None = None,
     ) -> FitReport:
         stood = standings(battles)
-        self.level_ = stood.expected_of(self.pair)
-        self.own_, own_errors = best_own(battles, stood)
+        best, own_errors = best_own(battles, stood)
+        own_sharpness = best.sharpness
         if progress:
             progress(1, 2)
         gap, weight = stood.gap(self.pair, of_kin=True)
         rows = np.flatnonzero(weight)
-        self.kin_, kin_errors = _best(
+        best, kin_errors = _best(
             battles.embeddings[rows], gap[rows], weight[rows], np.arange(len(rows)), gap[rows]
         )
+        kin_sharpness = best.sharpness
+        del best  # a copy of most embeddings
         if progress:
             progress(2, 2)
-        every = np.arange(len(self.own_.weight))
-        _, mass = self.own_(self.own_.embeddings, left_out=every)
-        usual = float(np.median(mass)) if len(mass) else 0.0
-        share = self.options.kinship if len(self.kin_.weight) else 0.0
-        self.pull_ = share / (1.0 - share) * usual
+        said = np.flatnonzero(stood.weight.getnnz(axis=1))
+        everywhere = len(said) == len(battles.prompts)
+        self.embeddings_ = battles.embeddings if everywhere else battles.embeddings[said]
+        self.stood_ = stood if everywhere else stood.on(said)
+        self.lineup_ = Lineup.of(battles)
+        self._smooth(own_sharpness, kin_sharpness)
+        self.pull_ = self._pull(_MAX_LEFT_OUT)
         return FitReport(
             params={
                 "kinship": self.options.kinship,
@@ -86,8 +97,8 @@ class KNearestRouter(Router):
                 "kin_sharpness": self.kin_.sharpness,
             },
             metrics={
-                "own_prompts": len(self.own_.weight),
-                "kin_prompts": len(self.kin_.weight),
+                "own_prompts": int(np.count_nonzero(self.own_.weight)),
+                "kin_prompts": int(np.count_nonzero(self.kin_.weight)),
                 "kin_pull": self.pull_,
             },
             history={
@@ -96,8 +107,45 @@ class KNearestRouter(Router):
             },
         )
 
+    def _smooth(self, own_sharpness: float, kin_sharpness: float) -> None:
+        """Set the level and the smoothers of the pair."""
+        self.level_ = self.stood_.expected_of(self.pair)
+
+        def smoother(sharpness: float, *, of_kin: bool) -> Smoother:
+            gap, weight = self.stood_.gap(self.pair, of_kin=of_kin)
+            rows: Any = np.flatnonzero(weight)
+            if 2 * len(rows) > len(weight):  # the others weigh nothing: no copy for their sake
+                rows = slice(None)
+            return Smoother(self.embeddings_[rows], gap[rows], weight[rows], sharpness)
+
+        self.own_ = smoother(own_sharpness, of_kin=False)
+        self.kin_ = smoother(kin_sharpness, of_kin=True)
+
+    def _pull(self, most: int) -> float:
+        """Return `pull_`, by at most so many prompts of the pair's, spread over them."""
+        at = _spread(np.flatnonzero(self.own_.weight), most)
+        _, mass = self.own_(self.own_.embeddings[at], left_out=at)
+        usual = float(np.median(mass)) if len(mass) else 0.0
+        share = self.options.kinship if self.kin_.weight.any() else 0.0
+        pull: float = share / (1.0 - share) * usual
+        return pull
+
+    def turn(self) -> None:
+        self._smooth(self.own_.sharpness, self.kin_.sharpness)
+        self.pull_ = self._pull(_PULL_PROMPTS)
+
     def score(self, prompts: Sequence[str], embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
         own, mass = self.own_(embeddings)
+        return self._blend(own, mass, embeddings)
+
+    def _blend(
+        self,
+        own: NDArray[np.float64],
+        mass: NDArray[np.float64],
+        embeddings: NDArray[np.float32],
+    ) -> NDArray[np.float64]:
+        """Return win rates (n,): the pair's own gap (n,), with as much weight as its `mass` (n,)
+        of neighbours, and its kin's."""
         kin, _ = self.kin_(embeddings)
         foretold = self.options.kinship * kin
         gap = (mass * own + self.pull_ * foretold) / np.maximum(mass + self.pull_, 1e-300)
@@ -105,39 +153,44 @@ class KNearestRouter(Router):
         return rate
 
     def state(self) -> tuple[Arrays, dict[str, Any]]:
-        arrays: Arrays = {}
-        doc: dict[str, Any] = {"level": self.level_, "pull": self.pull_}
-        for name, one in (("own", self.own_), ("kin", self.kin_)):
-            arrays[f"{name}_embeddings"] = one.embeddings
-            arrays[f"{name}_residual"], arrays[f"{name}_weight"] = one.residual, one.weight
-            doc[f"{name}_sharpness"] = one.sharpness
-        return arrays, doc
+        arrays, models = self.stood_.to_arrays()
+        return {"embeddings": self.embeddings_, **arrays}, {
+            "models": models,
+            "lineup": self.lineup_.to_dict(),
+            "own_sharpness": self.own_.sharpness,
+            "kin_sharpness": self.kin_.sharpness,
+            "pull": self.pull_,
+        }
 
     def load_state(self, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]) -> None:
-        self.level_, self.pull_ = float(doc["level"]), float(doc["pull"])
-        self.own_, self.kin_ = (
-            Smoother(
-                arrays[f"{name}_embeddings"],
-                arrays[f"{name}_residual"],
-                arrays[f"{name}_weight"],
-                float(doc[f"{name}_sharpness"]),
-            )
-            for name in ("own", "kin")
-        )
+        self.embeddings_ = arrays["embeddings"]
+        self.stood_ = Standings.from_arrays(arrays, doc["models"])
+        self.lineup_ = Lineup.from_dict(doc["lineup"])
+        self._smooth(float(doc["own_sharpness"]), float(doc["kin_sharpness"]))
+        self.pull_ = float(doc["pull"])
 
 
 def best_own(
-    battles: TrainingBattles, stood: Standings
+    battles: TrainingBattles,
+    stood: Standings,
+    trusted: tuple[str, NDArray[np.int64]] | None = None,
 ) -> tuple[Smoother, list[NDArray[np.float64]]]:
     """Return the smoother over the pair's standings that is best on its trusted battles.
 
     And for each of `SHARPNESS` the squared errors (k,) on the k prompts of these, each left out
     in turn.
+
+    Parameters
+    ----------
+    trusted : (str, ndarray), optional
+        The trusted label kind and its prompts, where they must not depend on the battles' weights
+        (as tiers that stand in for the pair do); by default the battles' own.
     """
+    kind, prompts = trusted or (battles.trusted_kind(), battles.trusted_prompts())
     gap, weight = stood.gap(battles.pair)
     rows = np.flatnonzero(weight)
-    judged = np.intersect1d(rows, battles.trusted_prompts())
-    truth, _ = standings(battles, only=battles.trusted_kind()).gap(battles.pair)
+    truth, told = standings(battles, only=kind).gap(battles.pair)
+    judged = np.intersect1d(np.flatnonzero(told), prompts)
     return _best(
         battles.embeddings[rows], gap[rows], weight[rows], np.searchsorted(rows, judged),
         truth[judged],
@@ -152,8 +205,17 @@ def _best(
     truth: NDArray[np.float64],
 ) -> tuple[Smoother, list[NDArray[np.float64]]]:
     """Return the best smoother on the rows `judged` (k,), and all squared errors there."""
-    tried = [Smoother(embeddings, residual, weight, sharpness) for sharpness in SHARPNESS]
     if not len(judged):
-        return tried[0], []
-    errors = [(one(embeddings[judged], left_out=judged)[0] - truth) ** 2 for one in tried]
-    return tried[int(np.argmin([e.mean() for e in errors]))], errors
+        return Smoother(embeddings, residual, weight, SHARPNESS[0]), []
+    some = _spread(np.arange(len(judged)), _MAX_LEFT_OUT)
+    mean, _ = leave_one_out(embeddings, residual, weight, judged[some], SHARPNESS)
+    errors = list((mean - truth[some]) ** 2)
+    best = SHARPNESS[int(np.argmin([e.mean() for e in errors]))]
+    return Smoother(embeddings, residual, weight, best), errors
+
+
+def _spread(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Return at most so many of the rows, evenly spread."""
+    if len(rows) <= most:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]

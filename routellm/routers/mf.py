@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from routellm.embeddings.base import Progress
 from routellm.errors import TrainingError
+from routellm.lineup import Lineup
 from routellm.ratings import sigmoid
 from routellm.routers.base import (
     Arrays,
@@ -60,9 +61,14 @@ class MatrixFactorizationRouter(Router):
         Unit model vectors v_M.
     projection_ : ndarray float32 (128, d)
         W1; `bias_` (128,) is b and `head_` (128,) is w2.
+    levels_ : ndarray float32 (k, m)
+        Of each model by label kind, in the order of `kinds_`; `level_` (m,) is their mean as the
+        pair was labelled.
     """
 
     kind = "mf"
+    any_pair = True
+    learns_from_validation = False
 
     def fit(
         self,
@@ -92,6 +98,8 @@ class MatrixFactorizationRouter(Router):
         chosen = int(np.argmin([f.loss for f in fits]))
         best = fits[chosen]
         self.models_ = battles.models
+        self.kinds_ = tuple(str(k) for k in np.unique(battles.label_kind))
+        self.lineup_ = Lineup.of(battles)
         self._set(best.arrays)
         return FitReport(
             params={
@@ -107,7 +115,18 @@ class MatrixFactorizationRouter(Router):
         )
 
     def _set(self, arrays: tuple[NDArray[np.float32], ...]) -> None:
-        self.vectors_, self.projection_, self.bias_, self.head_, self.level_ = arrays
+        self.vectors_, self.projection_, self.bias_, self.head_, self.level_, self.levels_ = arrays
+
+    def turn(self) -> None:
+        by_kind = dict(
+            zip(
+                self.lineup_.kinds,
+                self.lineup_.shares(self.pair.strong, self.pair.weak),
+                strict=True,
+            )
+        )
+        share = np.array([by_kind[kind] for kind in self.kinds_], np.float32)
+        self.level_ = share @ self.levels_
 
     def _fit(
         self,
@@ -156,7 +175,7 @@ class MatrixFactorizationRouter(Router):
 
         def learnt() -> tuple[NDArray[np.float32], ...]:
             v, *rest, by_kind = (p.detach() for p in parameters)
-            out = (F.normalize(v, dim=1), *rest, share @ by_kind)
+            out = (F.normalize(v, dim=1), *rest, share @ by_kind, by_kind)
             return tuple(p.cpu().numpy().copy() for p in out)
 
         # a query's label kind is not known: levels count as often as the pair was labelled so
@@ -206,10 +225,16 @@ class MatrixFactorizationRouter(Router):
             "bias": self.bias_,
             "head": self.head_,
             "level": self.level_,
+            "levels": self.levels_,
         }
-        return arrays, {"models": list(self.models_)}
+        return arrays, {
+            "models": list(self.models_),
+            "kinds": list(self.kinds_),
+            "lineup": self.lineup_.to_dict(),
+        }
 
     def load_state(self, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]) -> None:
-        self.models_ = tuple(doc["models"])
-        names = ("vectors", "projection", "bias", "head", "level")
+        self.models_, self.kinds_ = tuple(doc["models"]), tuple(doc["kinds"])
+        self.lineup_ = Lineup.from_dict(doc["lineup"])
+        names = ("vectors", "projection", "bias", "head", "level", "levels")
         self._set(tuple(arrays[name] for name in names))

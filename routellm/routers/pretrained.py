@@ -10,7 +10,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,25 +103,47 @@ class Pretrained:
     def same(self, trained_on: Mapping[str, str], kind: str) -> Base:
         """Return the model that a router of a kind was trained on (`Base.to_doc`), and no other.
 
+        A hub model is taken from the hub or its cache, at the commit it was trained on. A local
+        folder is looked for where it lay in training and, on a machine that has it elsewhere, in
+        the working directory under its own name: there a copy or a link will do. Only a folder
+        with the same SHA-256 is taken.
+
         Raises
         ------
         BundleError
             If another one is named here, or it cannot be had.
         """
         model, revision, sha256 = (trained_on[k] for k in ("model", "revision", "sha256"))
-        found = None
-        if bool(sha256) == self._is_folder and (sha256 or self.model == model):
-            try:  # at the commit it was trained on, wherever a branch has moved since
-                found = Pretrained(self.model, revision, self.endpoint, self.setting).get()
+        if sha256:
+            return self._same_folder(model, sha256, kind)
+        if self._is_folder or self.model != model:
+            raise BundleError(
+                f"this {kind} router was trained on {model} ({revision[:12]}) and {self.model} is "
+                f"not that: name its base model in `{self.setting}.model`"
+            )
+        try:  # at the commit it was trained on, wherever a branch has moved since
+            return replace(self, revision=revision).get()
+        except TrainingError as error:
+            raise BundleError(f"this {kind} router needs its base model: {error}") from error
+
+    def _same_folder(self, name: str, sha256: str, kind: str) -> Base:
+        places = dict.fromkeys((Path(self.model), Path.cwd() / name))
+        others = []
+        for folder in places:
+            if not folder.is_dir():
+                continue
+            try:
+                found = replace(self, model=str(folder)).get()
             except TrainingError as error:
                 raise BundleError(f"this {kind} router needs its base model: {error}") from error
-        if not found or (found.revision, found.sha256) != (revision, sha256):
-            is_other = f"has SHA-256 {found.sha256[:12]}" if found else "is not that"
-            raise BundleError(
-                f"this {kind} router was trained on {model} ({(revision or sha256)[:12]}) and "
-                f"{self.model} {is_other}: name its base model in `{self.setting}.model`"
-            )
-        return found
+            if found.sha256 == sha256:  # its name is the one it was trained under
+                return replace(found, name=name)
+            others.append(f"{folder} has SHA-256 {found.sha256[:12]}")
+        raise BundleError(
+            f"this {kind} router was trained on {name} (SHA-256 {sha256}), and "
+            f"{' and '.join(others) or f'{self.model} is not here'}: put that model, or a link to "
+            f"it, at {' or '.join(map(str, places))}"
+        )
 
     @property
     def _is_folder(self) -> bool:

@@ -23,6 +23,7 @@ class RandomRouter(Router):
 
     kind = "random"
     reads_embeddings = False
+    learns_from_validation = False
     seed = 0
 
     def fit(

@@ -23,6 +23,8 @@ from pydantic import Field
 from scipy import sparse
 
 from routellm.embeddings.base import Progress
+from routellm.errors import UsageError
+from routellm.lineup import Lineup
 from routellm.ratings import RIDGE, fit_bradley_terry, sigmoid
 from routellm.routers.base import (
     Arrays,
@@ -34,6 +36,7 @@ from routellm.routers.base import (
 )
 
 _BLOCK_BYTES = 64 * 2**20  # of similarities held at once
+_MAX_CHOICE_BATTLES = 2_000  # that weightings are chosen on: each one costs a query
 
 
 class SWRankingOptions(RouterOptions):
@@ -57,6 +60,7 @@ class SWRankingRouter(Router):
 
     kind = "sw_ranking"
     Options = SWRankingOptions
+    any_pair = True
 
     def fit(
         self,
@@ -68,6 +72,9 @@ class SWRankingRouter(Router):
     ) -> FitReport:
         choices = battles.weightings()
         held, preference = battles.pair_validation()
+        if len(held) > _MAX_CHOICE_BATTLES:
+            some = np.linspace(0, len(held) - 1, _MAX_CHOICE_BATTLES).astype(np.int64)
+            held, preference = held[some], preference[some]
         losses = []
         if len(choices) > 1 and len(held):
             train = replace(
@@ -85,6 +92,7 @@ class SWRankingRouter(Router):
                 losses.append(cross_entropy(rates, preference))
         chosen = int(np.argmin(losses)) if losses else 0
         self._solve(replace(battles, weight=choices[chosen]))
+        self.lineup_ = Lineup.of(battles)
         t = self.n_tiers_
         return FitReport(
             params={"gamma": self.options.gamma, "tiers": t, "ridge": RIDGE, "pair_raised": chosen},
@@ -94,6 +102,15 @@ class SWRankingRouter(Router):
             },
             history={"pair_validation_loss": losses},
         )
+
+    def turn(self) -> None:
+        strong, weak = (self.tiers_[name] for name in (self.pair.strong, self.pair.weak))
+        if strong == weak:  # only the trained pair's tiers are kept apart
+            raise UsageError(
+                f"{self.pair.strong} and {self.pair.weak} share tier {strong + 1} of "
+                f"{self.n_tiers_}, which a sw_ranking router cannot tell apart: use a version of "
+                "another kind, or train one for this pair"
+            )
 
     def _solve(self, battles: TrainingBattles) -> None:
         """Set the tiers and the win sums from battles."""
@@ -124,15 +141,19 @@ class SWRankingRouter(Router):
         n, t = len(embeddings), self.n_tiers_
         beta = np.empty((n, t))
         step = max(1, _BLOCK_BYTES // (8 * max(1, len(self.embeddings_))))
-        transposed = self.wins_.T.tocsr()  # (t * t, u)
+        # (t * t, u), by column: no copy is made of it, and the product reads it from end to end
+        transposed = self.wins_.T
         for start in range(0, n, step):
             block = slice(start, min(start + step, n))
-            similarity = (embeddings[block] @ self.embeddings_.T).astype(np.float64)  # (b, u)
-            largest = np.maximum(similarity.max(axis=1, keepdims=True), 1e-9)
-            omega = self.options.gamma ** (1.0 + similarity / largest)
+            # gamma ** (1 + S), in place
+            omega = (self.embeddings_ @ embeddings[block].T).astype(np.float64)  # (u, b)
+            omega /= np.maximum(omega.max(axis=0), 1e-9)
+            omega += 1.0
+            omega *= np.log(self.options.gamma)
+            np.exp(omega, out=omega)
             # scaled to the number of prompts, so that the prior weighs the same for every query
-            omega *= omega.shape[1] / omega.sum(axis=1, keepdims=True)
-            wins = (transposed @ omega.T).T  # (b, t * t)
+            omega *= len(omega) / omega.sum(axis=0)
+            wins = (transposed @ omega).T  # (b, t * t)
             beta[block] = fit_bradley_terry(wins.reshape(-1, t, t))
         return beta
 
@@ -143,12 +164,17 @@ class SWRankingRouter(Router):
             "wins_indices": self.wins_.indices.astype(np.int64),
             "wins_indptr": self.wins_.indptr.astype(np.int64),
         }
-        return arrays, {"n_tiers": self.n_tiers_, "tiers": self.tiers_}
+        return arrays, {
+            "n_tiers": self.n_tiers_,
+            "tiers": self.tiers_,
+            "lineup": self.lineup_.to_dict(),
+        }
 
     def load_state(self, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]) -> None:
         self.embeddings_ = arrays["embeddings"]
         self.n_tiers_ = int(doc["n_tiers"])
         self.tiers_ = {str(k): int(v) for k, v in doc["tiers"].items()}
+        self.lineup_ = Lineup.from_dict(doc["lineup"])
         self.wins_ = sparse.csr_matrix(
             (arrays["wins_data"], arrays["wins_indices"], arrays["wins_indptr"]),
             shape=(len(self.embeddings_), self.n_tiers_**2),

@@ -1,5 +1,8 @@
 """The steps of a retraining: what a kill leaves, what is done once, what is refused."""
 
+import hashlib
+
+import mlflow
 import pytest
 
 import expectations
@@ -8,6 +11,7 @@ from flows.engine import configure
 from registry import connect
 from registry.log import retraining_run
 from routellm import training
+from routellm.battles import prompt_split
 from routellm.errors import BenchmarkError, SourceError, SourceUnreachable, UsageError
 from routellm.ingest import stage
 from routellm.settings import Settings
@@ -147,6 +151,69 @@ def test_a_benchmark_without_the_pair_is_refused_before_any_work(prepared, tmp_p
     )
     with pytest.raises(BenchmarkError, match="has no scores of 'simulated-strong'"):
         work.plan_of(manifest, store, HashEncoder(), SOURCES, named)
+
+
+def test_a_prompt_in_training_and_evaluation_is_left_out_of_either_and_listed_in_the_run(
+    prepared, registry, tmp_path
+):
+    settings, store, manifest = prepared
+    share = settings.training
+    trained_on = [
+        p
+        for p in dict.fromkeys(store.read(manifest, ("prompt",))["prompt"].to_pylist())
+        if prompt_split(
+            p, validation_share=share.validation_share, heldout_share=share.heldout_share
+        )
+        == "train"
+    ]
+    asked = [trained_on[0].upper() + " !!", "zebra quokka", "violin oboe cello"]
+    rows = "".join(f'"{p}",{int(i != 1)},0\n' for i, p in enumerate(asked))
+    head = "prompt,simulated-strong,simulated-weak\n"
+    (tmp_path / "mine.benchmark.csv").write_text(head + rows)
+
+    def run(**changed):
+        mine = settings.model_copy(
+            update={
+                "evaluation": settings.evaluation.model_copy(
+                    update={"benchmarks": str(tmp_path), **changed}
+                )
+            }
+        )
+        plan = work.plan_of(manifest, store, HashEncoder(), SOURCES, mine)
+        work.embedded(plan, mine)
+        return plan, work.training_key("knn", plan, mine)
+
+    plan, key = run()
+    assert plan.clean["mine"].benchmark.prompts == tuple(asked[1:])
+    assert plan.clean["mine"].benchmark.excluded == 1
+    assert trained_on[0] in plan.prepared.battles.prompts
+    assert plan.contamination.battles == 0
+    assert "1 of mine" in plan.contamination.summary
+
+    other, other_key = run(contamination="drop_training")
+    assert other_key != key
+    assert other.clean["mine"].benchmark.prompts == tuple(asked)
+    assert other.clean["mine"].benchmark.excluded == 0
+    assert trained_on[0] not in other.prepared.battles.prompts
+    left_out = other.contamination.battles
+    assert len(other.prepared.battles) == len(plan.prepared.battles) - left_out < 3000
+    assert sum(other.prepared.by_label_kind.values()) == 3000 - left_out
+    assert other.clean["mine"].similarity < plan.clean["mine"].similarity
+
+    with retraining_run(registry, manifest, contamination=plan.contamination) as run_id:
+        pass
+    logged = registry.client.get_run(run_id).data
+    assert logged.params["contamination"] == "drop_evaluation"
+    assert logged.metrics["mine.matched_by_ngram"] == 1
+    assert logged.metrics["mine.matched_by_similarity"] == 1
+    table = mlflow.artifacts.load_dict(f"runs:/{run_id}/contamination.json")
+    listed = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    (one,) = [row for row in listed if row["benchmark"] == "mine"]
+    assert one["prompt_sha256"] == hashlib.sha256(asked[0].encode()).hexdigest()[:16]
+    assert one["left_out"] == "evaluation"
+    assert one["matched_by"] == "both"
+    assert one["similarity"] == pytest.approx(1.0, abs=0.05)
+    assert not any(p in str(table) for p in [*asked, trained_on[0]])
 
 
 def test_a_source_that_does_not_answer_is_asked_again_and_a_wrong_one_is_not(

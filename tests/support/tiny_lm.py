@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from routellm.routers.base import Pair, TrainingBattles
-from routellm.routers.causal_llm import AFTER, BEFORE, LABELS
+from routellm.routers.instruction import AFTER, BEFORE
+from routellm.routers.outcomes import OUTCOMES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HARD = ("prove", "integral", "theorem", "compile")
@@ -37,7 +38,7 @@ def save_tiny_lm(folder: Path, *, seed: int = 0, tied: bool = False, gpt2: bool 
         PreTrainedTokenizerFast,
     )
 
-    text = " ".join([BEFORE, AFTER, *LABELS, *HARD, *EASY, *FILLER])
+    text = " ".join([BEFORE, AFTER, *OUTCOMES, *HARD, *EASY, *FILLER])
     words = ["<unk>", "<s>", "</s>", *dict.fromkeys(re.findall(r"\w+|[^\w\s]+", text))]
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")

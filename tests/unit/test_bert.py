@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.numpy import load_file
 
 from routellm.errors import BundleError, TrainingError, UsageError
 from routellm.routers import bert, make_router
-from routellm.routers.bert import Examples, class_weights, epoch_batches, outcome_targets
 from routellm.training import train
 from tests.conftest import REPOSITORY
+from tests.support.finetuned import (  # noqa: F401  one_thread is a fixture
+    Broken,
+    one_thread,
+    same_bytes,
+    stop_at,
+)
 from tests.support.tiny_bert import hard_battles, save_tiny_bert
 
 pytestmark = pytest.mark.slow  # it trains, again and again
@@ -23,21 +25,6 @@ pytestmark = pytest.mark.slow  # it trains, again and again
 HARD, EASY = "apple river hard 9", "apple river easy 8"
 # 15 batches of 16 an epoch, so that validations and checkpoints fall apart
 SHORT = {"learning_rate": 2e-3, "max_steps": 12, "evaluate_every": 5, "checkpoint_every": 3}
-
-
-class Broken(Exception):
-    pass
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small lose more time to handing work out than they win."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +54,6 @@ def short(base, battles, seed=0, checkpoint=None, progress=None, **options):
     )
 
 
-def stop_at(step):
-    def progress(done, total):
-        if done == step:
-            raise Broken
-
-    return progress
-
-
-def same_bytes(one, two):
-    one, two = one.state()[0], two.state()[0]
-    return one.keys() == two.keys() and all(one[k].tobytes() == two[k].tobytes() for k in one)
-
-
 # --- what it learns
 
 
@@ -107,59 +81,6 @@ def test_the_packaged_encoder_learns_it_too(planted):
     assert report.params["model"] == "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def test_preferences_become_shares_of_win_tie_and_loss():
-    preference = np.array([1.0, 0.5, 0.0, 0.54, 0.45, 0.56, 0.8, 0.1])
-    expected = [
-        [1, 0, 0],
-        [0, 1, 0],
-        [0, 0, 1],
-        [0, 1, 0],
-        [0, 1, 0],
-        [0.12, 0.88, 0],
-        [0.6, 0.4, 0],
-        [0, 0.2, 0.8],
-    ]
-    assert outcome_targets(preference) == pytest.approx(np.array(expected), abs=1e-12)
-
-
-@given(st.floats(0, 1))
-def test_shares_give_the_preference_again_beyond_the_ties(preference):
-    ((win, tie, loss),) = outcome_targets(np.array([preference]))
-    assert min(win, tie, loss) >= 0
-    assert win + tie + loss == pytest.approx(1)
-    is_tie = abs(preference - 0.5) <= 0.05
-    assert win + tie / 2 == pytest.approx(0.5 if is_tie else preference, abs=1e-8)
-
-
-def test_battles_on_one_prompt_become_one_example_of_their_weight(battles):
-    two = replace(
-        battles,
-        prompt=np.array([4, 7, 4]),
-        model_a=np.array([0, 0, 1]),
-        model_b=np.array([1, 1, 0]),
-        weight=np.array([1.0, 2.0, 3.0]),
-        preference_a=np.array([1.0, 0.5, 0.6]),
-    )
-    rows, preference = two.of_pair()
-    examples = Examples.of(two, rows, preference)
-    assert examples.prompts == (battles.prompts[4], battles.prompts[7])
-    assert examples.weight.tolist() == [4.0, 2.0]
-    # a win, and a lean of 0.1 to the weak model that counts three times
-    assert examples.targets == pytest.approx(np.array([[0.25, 0.6, 0.15], [0, 1, 0]]))
-    assert examples.prompt.tolist() == [0, 1, 0]
-
-
-def test_rare_outcomes_count_more_within_bounds():
-    def of(targets):
-        n = len(targets)
-        return Examples(("x",) * n, np.array(targets), np.ones(n), np.arange(n), np.ones(n))
-
-    assert class_weights(of([[1, 0, 0]] * 6 + [[0, 1, 0]] * 3 + [[0, 0, 1]])) == pytest.approx(
-        [5 / 9, 10 / 9, 10 / 3]
-    )
-    assert class_weights(of([[1.0, 0.0, 0.0]])) == pytest.approx([1 / 3, 4, 4])
-
-
 def test_class_weights_raise_the_rare_outcome(base, battles):
     outcome = np.where(np.arange(300) % 20 == 4, 0.0, 1.0)
     rare = replace(battles, preference_a=np.where(battles.model_a == 0, outcome, 1 - outcome))
@@ -185,25 +106,6 @@ def test_the_same_battles_options_and_seed_give_the_same_bytes(base, battles, le
     assert not same_bytes(short(base, battles, seed=1)[0], learnt)
 
 
-@given(st.lists(st.integers(1, 64), min_size=1, max_size=300), st.integers(1, 16))
-def test_an_epoch_has_every_row_once(lengths, size):
-    batches = epoch_batches(np.array(lengths), size, np.random.default_rng(0))
-    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
-    assert max(map(len, batches)) <= size
-
-
-def test_batches_are_alike_in_length_and_differ_between_epochs():
-    lengths = np.random.default_rng(0).integers(1, 500, 1000)
-
-    def padding(batches):
-        return sum(lengths[b].max() * len(b) - lengths[b].sum() for b in batches) / lengths.sum()
-
-    one, two = (epoch_batches(lengths, 16, np.random.default_rng([0, e])) for e in (0, 1))
-    assert padding(one) < 0.1
-    assert padding(np.array_split(np.arange(1000), 63)) > 0.7
-    assert {tuple(b) for b in one}.isdisjoint(tuple(b) for b in two)
-
-
 def test_accumulated_passes_make_one_step(base, battles):
     steps = []
     options = {"epochs": 1, "max_steps": 100, "batch_size": 8}
@@ -214,32 +116,6 @@ def test_accumulated_passes_make_one_step(base, battles):
     _, report = short(base, battles, progress=lambda d, t: steps.append((d, t)), **options)
     assert steps[-1] == (8, 8)  # the last of two passes
     assert report.params["steps"] == 8
-
-
-def test_it_stops_when_validation_no_longer_gains_and_keeps_the_best(
-    base, battles, tmp_path, monkeypatch
-):
-    losses = iter([0.6, 0.5, 0.7, 0.8, 0.1])
-    monkeypatch.setattr(bert, "cross_entropy", lambda rates, preference: next(losses))
-    options = {"patience": 2, "evaluate_every": 2}
-    stopped, report = short(base, battles, **options)
-    assert report.history["validation_loss"] == [0.6, 0.5, 0.7, 0.8]
-    assert (report.metrics["best_step"], report.metrics["steps_done"]) == (4, 8)
-    losses = iter([0.6, 0.5])
-    with pytest.raises(Broken):
-        short(base, battles, checkpoint=tmp_path / "c", progress=stop_at(4), **options)
-    (weights,) = (tmp_path / "c").glob("*.safetensors")
-    then = load_file(weights)
-    assert all((then[f"now.{k}"] == v).all() for k, v in stopped.state()[0].items())
-
-
-@pytest.mark.parametrize("which", ["training", "validation"])
-def test_a_loss_that_is_not_finite_is_an_error(which, base, battles, monkeypatch):
-    rate = 1e30 if which == "training" else 1e-3
-    if which == "validation":
-        monkeypatch.setattr(bert, "cross_entropy", lambda rates, preference: float("nan"))
-    with pytest.raises(TrainingError, match=rf"the {which} loss is nan; lower .*learning_rate"):
-        short(base, battles, learning_rate=rate)
 
 
 @pytest.mark.parametrize("lacking", ["training", "validation"])
@@ -277,33 +153,19 @@ def test_a_broken_training_goes_on_to_the_bytes_of_an_unbroken_one(base, battles
     assert same_bytes(done, whole)
 
 
-@pytest.mark.parametrize("damage", ["weights", "document", "missing", "other training"])
-def test_a_checkpoint_of_no_use_is_left_aside_with_a_warning(
-    damage, base, battles, learnt, tmp_path, caplog
+def test_a_checkpoint_of_other_battles_is_left_aside_with_a_warning(
+    base, battles, learnt, tmp_path, caplog
 ):
-    folder = tmp_path / "c"
+    preference = battles.preference_a.copy()
+    preference[50] = 0.3
+    other = replace(battles, preference_a=preference)
     with pytest.raises(Broken):
-        short(base, battles, checkpoint=folder, progress=stop_at(4))
-    (weights,) = folder.glob("*.safetensors")
-    (document,) = folder.glob("*.json")
-    if damage == "weights":
-        raw = bytearray(weights.read_bytes())
-        raw[-5] ^= 1
-        weights.write_bytes(raw)
-    if damage == "document":
-        document.write_text(document.read_text()[:40])
-    if damage == "missing":
-        weights.unlink()
-    if damage == "other training":
-        other = battles.preference_a.copy()
-        other[50] = 0.3
-        with pytest.raises(Broken):
-            short(
-                base, replace(battles, preference_a=other), checkpoint=folder, progress=stop_at(4)
-            )
+        short(base, other, checkpoint=tmp_path / "c", progress=stop_at(4))
     steps = []
     with caplog.at_level(logging.WARNING):
-        router, _ = short(base, battles, checkpoint=folder, progress=lambda d, t: steps.append(d))
+        router, _ = short(
+            base, battles, checkpoint=tmp_path / "c", progress=lambda d, t: steps.append(d)
+        )
     assert "starting anew" in caplog.text
     assert steps[0] == 1
     assert same_bytes(router, learnt)

@@ -11,26 +11,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from routellm.bundle import Bundle, golden_predictions, load_bundle, save_bundle
 from routellm.calibration import Calibration
 from routellm.errors import BundleError, TrainingError, UsageError
 from routellm.routers import Pair, make_router
 from routellm.routers.base import cross_entropy
-from routellm.routers.causal_llm import (
-    AFTER,
-    CLOSE,
-    LABELS,
-    _epoch,
-    _resumable,
-    _resume,
-    label_targets,
-)
+from routellm.routers.instruction import AFTER, CLOSE
+from routellm.routers.outcomes import OUTCOMES
 from routellm.settings import EmbeddingSettings
 from routellm.training import train
 from tests.conftest import REPOSITORY
+from tests.support.finetuned import (  # noqa: F401  one_thread is a fixture
+    Broken,
+    one_thread,
+    same_bytes,
+    stop_at,
+)
 from tests.support.tiny_lm import COMMIT, model_hub, rule_battles, rule_prompts, save_tiny_lm
 
 pytestmark = pytest.mark.slow  # it trains, again and again
@@ -45,17 +42,6 @@ QUICK = {
 SHORT = QUICK | {"max_steps": 6, "validate_every": 2, "validation_prompts": 16}
 LORA = {"lora": True, "learning_rate": 6e-3, "lora_rank": 8, "lora_alpha": 16}
 FULL = {"lora": False, "learning_rate": 4e-3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small lose more time to handing work out than they win."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +87,6 @@ def loaded(router, **options):
     return again
 
 
-def same_bytes(one, two):
-    one, two = one.state()[0], two.state()[0]
-    return one.keys() == two.keys() and all(one[k].tobytes() == two[k].tobytes() for k in one)
-
-
 def accuracy(router):
     prompts, hard = rule_prompts(200, seed=99)
     return ((router.win_rate(prompts) > 0.5) == hard).mean()
@@ -147,21 +128,16 @@ def test_training_stops_early_and_keeps_the_best_weights(base, battles):
     assert cross_entropy(rates, preference) == pytest.approx(losses[best], abs=1e-6)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1))
-def test_label_targets_are_probabilities_that_give_the_preference_back(preferences):
-    target = label_targets(np.array(preferences))
-    assert (target >= 0).all()
-    assert target.sum(axis=1) == pytest.approx(1.0)
-    assert target[:, 0] + target[:, 1] / 2 == pytest.approx(preferences)
-
-
-def test_an_epoch_takes_each_battle_once_and_puts_like_lengths_together():
-    lengths = np.random.default_rng(0).integers(1, 1000, 1000)
-    batches = _epoch(lengths, 8, np.random.default_rng(1))
-    assert sorted(np.concatenate(batches)) == list(range(1000))
-    assert len(batches) == 125
-    assert np.mean([np.ptp(lengths[b]) for b in batches]) < 100
-    assert np.std([lengths[b].mean() for b in batches[:8]]) > 100  # short and long take turns
+def test_validation_is_by_the_label_kind_that_is_trusted_most(base, battles):
+    kind = np.where(np.arange(len(battles)) % 16 < 8, "golden", "judge")
+    mixed = replace(battles, label_kind=kind, validation=np.arange(len(battles)) % 4 == 0)
+    router, report = short(base, mixed, max_steps=2, validation_prompts=500)
+    held, preference = mixed.pair_validation()
+    assert len(held) == 50  # of 100
+    rates = router.win_rate([mixed.prompts[i] for i in mixed.prompt[held]])
+    assert cross_entropy(rates, preference) == pytest.approx(
+        report.metrics["validation_loss"], abs=1e-6
+    )
 
 
 # --- the same again
@@ -191,28 +167,16 @@ def test_a_step_in_parts_or_with_activations_computed_twice_is_the_same_step(bas
         assert twice.state()[0][name] == pytest.approx(array, abs=1e-4), name
 
 
-class Killed(BaseException):
-    pass
-
-
 def saved_step(folder):
     document = folder / "progress.json"
     return json.loads(document.read_text())["step"] if document.exists() else 0
-
-
-def stop_at(step):
-    def progress(done, total):
-        if done == step:
-            raise Killed
-
-    return progress
 
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_broken_training_goes_on_to_the_weights_of_an_unbroken_one(lora, base, battles, tmp_path):
     whole, report = short(base, battles, lora=lora)
     for step in (3, 5):  # broken twice, each time off a checkpoint
-        with pytest.raises(Killed):
+        with pytest.raises(Broken):
             short(base, battles, checkpoint=tmp_path / "c", progress=stop_at(step), lora=lora)
         assert saved_step(tmp_path / "c") == step - 1
         assert len(list((tmp_path / "c").iterdir())) == 2
@@ -225,46 +189,21 @@ def test_a_broken_training_goes_on_to_the_weights_of_an_unbroken_one(lora, base,
     assert again == report
 
 
-def test_a_weight_without_a_gradient_yet_does_not_hinder_going_on():
-    import torch
-
-    def make():
-        parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in ("used", "expert")}
-        return parameters, torch.optim.AdamW(parameters.values())
-
-    parameters, optimizer = make()
-    parameters["used"].sum().backward()
-    optimizer.step()
-    tensors = _resumable(parameters, parameters, optimizer)
-    again, resumed = make()
-    _resume(tensors, again, resumed)
-    assert torch.equal(again["used"], parameters["used"])
-    assert resumed.state[again["used"]]["step"] == 1
-
-
-@pytest.mark.parametrize("damage", ["weights", "document", "missing", "other training"])
-def test_a_checkpoint_of_no_use_is_left_aside(damage, base, battles, tmp_path, caplog):
-    folder = tmp_path / "c"
-    with pytest.raises(Killed):
-        short(base, battles, checkpoint=folder, progress=stop_at(3))
-    (weights,) = folder.glob("*.safetensors")
-    if damage == "weights":
-        raw = bytearray(weights.read_bytes())
-        raw[-5] ^= 1
-        weights.write_bytes(raw)
-    if damage == "document":
-        (folder / "progress.json").write_text('{"run": "')
-    if damage == "missing":
-        weights.unlink()
+@pytest.mark.parametrize("which", ["seed", "validation battles"])
+def test_a_checkpoint_of_another_training_is_left_aside(which, base, battles, tmp_path, caplog):
+    with pytest.raises(Broken):
+        short(base, battles, checkpoint=tmp_path / "c", progress=stop_at(3))
+    if which == "validation battles":  # the trusted kind's are half of them
+        kind = np.where(np.arange(len(battles)) % 16 < 8, "human", "judge")
+        battles = replace(battles, label_kind=kind)
     steps = []
     with caplog.at_level(logging.WARNING):
         short(
             base,
             battles,
-            seed=1 if damage == "other training" else 0,
-            checkpoint=folder,
+            seed=1 if which == "seed" else 0,
+            checkpoint=tmp_path / "c",
             progress=lambda d, t: steps.append(d),
-            max_steps=2,
         )
     assert "starting anew" in caplog.text
     assert steps[0] == 1
@@ -320,7 +259,7 @@ def test_state_rebuilds_the_router(lora, tied, battles, tmp_path):
     base = save_tiny_lm(tmp_path / "a" / "tiny", tied=tied)
     router, _ = short(base, battles, lora=lora)
     arrays, doc = router.state()
-    assert arrays["labels"].shape == (len(LABELS), 64)
+    assert arrays["labels"].shape == (len(OUTCOMES), 64)
     assert all(array.dtype == np.float32 for array in arrays.values())
     assert doc["base"]["model"] == "tiny"
     assert str(tmp_path) not in json.dumps(doc)
@@ -362,9 +301,11 @@ def replace_encoder(router):
 def test_another_base_is_refused(base, learnt, tmp_path):
     router, _ = learnt
     other = save_tiny_lm(tmp_path / "other", seed=1)
-    with pytest.raises(BundleError, match=r"was trained on tiny .* has SHA-256 .*llm\.model"):
+    digest = router.state()[1]["base"]["sha256"]
+    says = rf"was trained on tiny \(SHA-256 {digest}\), and .*other has SHA-256 .* or a link to it"
+    with pytest.raises(BundleError, match=says):
         loaded(router, model=str(other))
-    with pytest.raises(BundleError, match=r"was trained on tiny .* is not that"):
+    with pytest.raises(BundleError, match=r"Meta-Llama-3-8B is not here: put that model"):
         loaded(router, model="meta-llama/Meta-Llama-3-8B")
     broken = shutil.copytree(base, tmp_path / "broken")
     (broken / "model.safetensors").unlink()
@@ -379,6 +320,37 @@ def test_a_relative_folder_is_found_from_elsewhere(base, battles, tmp_path, monk
     again = make_router("causal_llm", None, PAIR, router.options.model_dump())
     again.load_state(*router.state())
     assert again.win_rate(["prove"]) == router.win_rate(["prove"])
+
+
+def test_a_base_that_lies_elsewhere_is_found_by_its_name_where_it_is_served(
+    battles, tmp_path, monkeypatch
+):
+    base = save_tiny_lm(tmp_path / "here" / "tiny")
+    router, _ = short(base, battles, max_steps=1)
+    base.rename(tmp_path / "moved")
+    served = tmp_path / "served"
+    served.mkdir()
+    monkeypatch.chdir(served)
+    with pytest.raises(BundleError, match=rf"{base} is not here: .* at {base} or {served}/tiny"):
+        loaded(router, model=router.options.model)
+    save_tiny_lm(served / "tiny", seed=1)
+    with pytest.raises(BundleError, match=r"served/tiny has SHA-256"):
+        loaded(router, model=router.options.model)
+    shutil.rmtree(served / "tiny")
+    (served / "tiny").symlink_to(tmp_path / "moved")
+    again = loaded(router, model=router.options.model)
+    assert again.win_rate(["prove"]) == router.win_rate(["prove"])
+    assert again.state()[1] == router.state()[1]
+
+
+def test_loading_leaves_the_callers_randomness_alone(base, learnt):
+    import torch
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    loaded(learnt[0], model=str(base))
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_weights_that_do_not_fit_are_refused(base, learnt):

@@ -75,6 +75,24 @@ def test_the_default_encoder_needs_no_network_and_tells_meanings_apart():
     assert v[0] @ v[1] > v[0] @ v[2] + 0.3
 
 
+@pytest.mark.slow
+def test_a_vector_does_not_depend_on_what_else_is_in_the_batch():
+    prompts = [
+        "",
+        " ",
+        "one",
+        "word " * 40,
+        "long " * 3000,
+        "日本語のテキスト",
+        "Привет",
+        "\udfff?",
+    ]
+    encoder = get_encoder(EmbeddingSettings(device="cpu"))
+    alone = np.concatenate([encoder.encode([p]) for p in prompts])
+    assert np.isfinite(alone).all()
+    assert np.abs(encoder.encode(prompts) - alone).max() < 1e-5
+
+
 def test_a_model_that_cannot_be_had_is_one_sentence(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     encoder = SentenceTransformerEncoder(EmbeddingSettings(model=str(tmp_path)))

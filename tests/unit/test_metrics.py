@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from routellm.errors import BenchmarkError
 from routellm.evaluation.benchmarks import Benchmark, heldout_benchmark, load_benchmarks
-from routellm.evaluation.contamination import largest_similarity
 from routellm.evaluation.evaluate import Evaluation, evaluate
 from routellm.evaluation.metrics import auc, exact_curve, paper_curve
 from routellm.routers.base import Pair
@@ -136,14 +135,6 @@ def test_heldout_battles_become_shares_of_votes():
     one = heldout_benchmark(["a", "b", "a"], np.array([1.0, 0.5, 0.0]), Pair("s", "w"))
     assert one.prompts == ("a", "b")
     assert one.scores["s"].tolist() == [0.5, 0.5]
-
-
-def test_planted_paraphrases_are_found(encoder):
-    training = encoder.encode(["the tiger sat by the river", "music in winter"])
-    asked = encoder.encode(["by the river the tiger sat", "a pencil and a window"])
-    similarity = largest_similarity(asked, training)
-    assert similarity[0] >= 0.95
-    assert similarity[1] < 0.95
 
 
 def test_published_tables_load_with_their_exclusions(real_data):

@@ -33,7 +33,7 @@ def test_the_documented_example_is_a_router_like_any_other(tmp_path, monkeypatch
     install(tmp_path, monkeypatch)
     assert "long_prompts" in router_kinds()
     router, report = train("long_prompts", planted, encoder, seed=0, options={"steps": 20})
-    assert report.params == {"steps": 20}
+    assert report.params["steps"] == 20
     prompts = ["short", "a much longer prompt " * 20]
     rates = router.win_rate(prompts)
     assert ((rates >= 0) & (rates <= 1)).all()

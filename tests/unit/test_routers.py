@@ -42,6 +42,7 @@ def test_state_rebuilds_the_router(kind, planted, encoder):
     router, _ = train(kind, planted, encoder, seed=0)
     again = make_router(kind, encoder, router.pair)
     again.load_state(*router.state())
+    again.platt = router.platt  # a bundle keeps it beside the state
     assert again.win_rate([HARD, EASY]) == pytest.approx(router.win_rate([HARD, EASY]), abs=1e-9)
 
 

@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import routellm.standings
 from routellm.battles import prompt_split
 from routellm.errors import UsageError
 from routellm.kinship import family
 from routellm.label_weights import choose_label_weights, fixed_label_weights, weigh
 from routellm.routers.base import Pair, TrainingBattles
-from routellm.standings import Smoother, standings
+from routellm.standings import Smoother, leave_one_out, standings
 from routellm.training import train
 
 
@@ -88,6 +89,22 @@ def test_far_from_its_neighbours_a_smoother_says_nothing():
     assert left_out[0] == 0.0
 
 
+def test_leaving_out_for_all_sharpnesses_at_once_is_leaving_out_for_each(monkeypatch):
+    monkeypatch.setattr(routellm.standings, "_BLOCK_COLUMNS", 7)  # several blocks either way
+    monkeypatch.setattr(routellm.standings, "_BLOCK_BYTES", 8 * 7 * 5)
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(30, 4)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    residual, weight = rng.normal(size=30), rng.random(30)
+    rows = np.array([0, 3, 6, 7, 13, 20, 21, 28, 29])
+    means, masses = leave_one_out(vectors, residual, weight, rows, (2.5, 40.0))
+    for sharpness, mean, mass in zip((2.5, 40.0), means, masses, strict=True):
+        one = Smoother(vectors, residual, weight, sharpness)
+        expected = one(vectors[rows], left_out=rows)
+        np.testing.assert_allclose(mean, expected[0], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(mass, expected[1], rtol=1e-4)
+
+
 def test_knn_asks_the_kin_where_the_pair_never_fought():
     """The pair fought over one topic only; a relative of weak loses on another one's hard half."""
     rng = np.random.default_rng(0)
@@ -138,6 +155,24 @@ def test_a_judge_that_agrees_with_right_answers_counts_and_one_that_does_not_is_
     assert agrees.weights["judge"] > 0
     contradicts = choose_label_weights(labelled(lambda hard: np.where(hard, 0.2, 0.9)))
     assert contradicts.weights == {"golden": 1.0, "judge": 0.0}
+
+
+def test_weights_are_chosen_where_the_pair_met_too_rarely_and_its_tiers_stand_in():
+    # tiers follow the weights that are tried; what is judged on must not
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        n, m = 600, 12
+        a, b = rng.integers(m, size=(2, n))
+        b = np.where(a == b, (b + 1) % m, b)
+        vectors = rng.normal(size=(n, 4)).astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        kind = np.where(rng.random(n) < 0.5, "golden", "judge")
+        rows = list(zip(range(n), a, b, rng.integers(2, size=n), strict=True))
+        models, held = tuple(f"m{i:02d}" for i in range(m)), rng.random(n) < 0.2
+        rare = battles(rows, map(str, range(n)), models, Pair("m03", "m08"), vectors, kind, held)
+        chosen = choose_label_weights(rare)
+        assert set(chosen.weights) == {"golden", "judge"}
+        assert chosen.weights[chosen.trusted] == 1.0
 
 
 def test_weights_can_be_set_and_wrong_ones_are_refused():

@@ -1,0 +1,75 @@
+"""Where the fine-tuned kinds are computed, on a GPU or without, and with whose randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from routellm.errors import TrainingError
+
+
+def torch_device(wanted: str, kind: str) -> Any:
+    """Return the torch device that `wanted` (auto, cpu, cuda or cuda:N) means here.
+
+    Raises
+    ------
+    TrainingError
+        If a CUDA device is asked for that is not there.
+    """
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "auto":
+        wanted = "cuda" if found else "cpu"
+    device = torch.device(wanted)
+    if device.type == "cuda" and not found:
+        raise TrainingError(
+            "torch finds no CUDA device here: install its CUDA build on a machine with a GPU, or "
+            f"leave `training.options.{kind}.device` at auto"
+        )
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise TrainingError(
+            f"torch finds no {wanted} here, the last CUDA device is cuda:{found - 1}: name "
+            f"another in `training.options.{kind}.device`, or leave it at auto"
+        )
+    return device
+
+
+def serving_device(trained_on: str, kind: str) -> Any:
+    """Return the device a router is served on: the one its options name, or else what there is.
+
+    A GPU was asked for to train on; the router may be served on another one, or without.
+    """
+    try:
+        return torch_device(trained_on, kind)
+    except TrainingError:
+        return torch_device("auto", kind)
+
+
+def computes_bfloat16(device: Any) -> bool:
+    """Return whether a device is a GPU that computes in bfloat16 itself.
+
+    GPUs older than Ampere only emulate it, which is slower than float32.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def moved(tensor: Any, device: Any) -> Any:
+    """Return a CPU tensor on a device; to a GPU from pinned memory, so that nothing waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@contextmanager
+def seeded(seed: int, device: Any) -> Iterator[None]:
+    """Seed torch; afterwards the caller's own randomness goes on as if nothing had been drawn."""
+    import torch
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

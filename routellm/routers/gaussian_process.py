@@ -1,0 +1,252 @@
+"""``gaussian_process``: a smooth function of the prompt for the pair, its kin where that is silent.
+
+As ``knn``, with a better estimate of the pair's own standings: instead of an average over
+neighbours, the posterior mean of a Gaussian process (Rasmussen and Williams 2006, section 2.2)
+over the prompt's embedding and its features (`routellm.prompt_features`), so that what a prompt
+looks like counts beside what it is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from routellm.embeddings.base import Progress
+from routellm.prompt_features import prompt_features, standardised
+from routellm.routers.base import Arrays, FitReport, TrainingBattles
+from routellm.routers.knn import KNearestOptions, KNearestRouter
+from routellm.standings import standings
+
+Floats = NDArray[np.float64]
+
+# of the kernel. None wider: over other pairs of models such a function did harm on prompts unlike
+# those it was fitted on (`python -m benchmarks.extrapolation`)
+SHARPNESS = (2.0, 4.0)
+FEATURE_SCALE = (0.0, 0.1, 0.2)  # how much a standard deviation of a feature is worth; 0 leaves out
+NOISE = (0.5, 1.0, 2.0, 4.0, 8.0)  # variance of a standing over that of the function
+_CHOOSE_BY = 4_000  # prompts are enough to choose these by
+_BLOCK = 2_000  # prompts at once, to bound memory
+_JITTER = 1e-6
+
+
+class GaussianProcessOptions(KNearestOptions):
+    """Options of ``gaussian_process``."""
+
+    landmarks: int = Field(
+        2000,
+        ge=10,
+        le=10_000,
+        description="prompts that carry the function; exact where the pair has no more than these",
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is chosen about a process.
+
+    ``k(x, z) = exp(-sharpness * (|e_x - e_z|^2 + feature_scale^2 * |f_x - f_z|^2))``, e being unit
+    embeddings and f standardised features; a standing of weight w has variance ``noise / w``.
+    """
+
+    sharpness: float
+    feature_scale: float
+    noise: float
+
+
+class GaussianProcessRouter(KNearestRouter):
+    """Gaussian-process regression over the pair's standings, blended with its kin's as in ``knn``.
+
+    Attributes
+    ----------
+    features_ : ndarray float64 (u, f)
+        Of the prompts on which any model stands, not standardised.
+    mean_, deviation_ : ndarray float64 (f,)
+        By which features are standardised.
+    shape_ : Shape
+    landmarks_ : ndarray float64 (m, d + f)
+        Inputs of the prompts that carry the function.
+    coefficients_ : ndarray float64 (m,)
+        The estimate at a query is their sum weighted by the kernel.
+    """
+
+    kind = "gaussian_process"
+    Options = GaussianProcessOptions
+
+    def fit(
+        self,
+        battles: TrainingBattles,
+        *,
+        rng: np.random.Generator,
+        progress: Progress | None = None,
+        checkpoint: Path | None = None,
+    ) -> FitReport:
+        report = super().fit(battles, rng=rng, checkpoint=checkpoint)
+        said = np.unique(battles.prompt[battles.weight > 0])  # the prompts of `embeddings_`
+        self.features_ = prompt_features([battles.prompts[i] for i in said])
+        self.mean_, self.deviation_ = self.features_.mean(axis=0), self.features_.std(axis=0)
+        truth, known = standings(battles, only=battles.trusted_kind()).gap(self.pair)
+        self.shape_, error, history = self._choose(truth[said], known[said] > 0, rng, progress)
+        self._solve()
+        return FitReport(
+            params={
+                **report.params,
+                "sharpness": self.shape_.sharpness,
+                "feature_scale": self.shape_.feature_scale,
+                "noise": self.shape_.noise,
+                "landmarks": len(self.landmarks_),
+            },
+            metrics={**report.metrics, "leave_one_out_mse": error},
+            history={**report.history, "leave_one_out_mse_by_shape": history},
+        )
+
+    def _choose(
+        self,
+        truth: Floats,
+        known: NDArray[np.bool_],
+        rng: np.random.Generator,
+        progress: Progress | None,
+    ) -> tuple[Shape, float, list[float]]:
+        """Return the shape with the least leave-one-out error, that error, and those of all shapes.
+
+        `truth` (u,) are the standings by the trusted label kind alone, `known` (u,) where there
+        are any: errors are counted there, in closed form (Rasmussen and Williams 2006, section
+        5.4.2).
+        """
+        rows, gap, weight = self._pair_rows()
+        if len(rows) > _CHOOSE_BY:
+            some = np.sort(rng.choice(len(rows), _CHOOSE_BY, replace=False))
+            rows, gap, weight = rows[some], gap[some], weight[some]
+        judged = np.flatnonzero(known[rows])
+        if not len(judged):
+            return Shape(SHARPNESS[-1], 0.0, NOISE[-1]), float("nan"), []
+        shapes: list[Shape] = []
+        errors: list[float] = []
+        grid = [(s, f) for s in SHARPNESS for f in FEATURE_SCALE]
+        for done, (sharpness, scale) in enumerate(grid, 1):
+            x = self._inputs(self.embeddings_[rows], self.features_[rows], scale)
+            root = self._basis(x, sharpness)(x)  # (n, m): root @ root.T is the kernel
+            spread, turned = np.linalg.eigh((root * weight[:, None]).T @ root)
+            root = root @ turned
+            pulled = (weight * gap) @ root
+            for noise in NOISE:
+                inverse = 1.0 / (np.maximum(spread, 0.0) + noise)
+                leverage = weight * ((root**2) @ inverse)
+                residual = (gap - root @ (inverse * pulled)) / np.maximum(1.0 - leverage, 1e-9)
+                shapes.append(Shape(sharpness, scale, noise))
+                errors.append(float(np.mean((gap - residual - truth[rows])[judged] ** 2)))
+            if progress:
+                progress(done, len(grid))
+        chosen = int(np.argmin(errors))
+        return shapes[chosen], errors[chosen], errors
+
+    def _pair_rows(self) -> tuple[NDArray[np.int64], Floats, Floats]:
+        """Return the rows (n,) where the pair stands, half its difference there, and weights."""
+        gap, weight = self.stood_.gap(self.pair)
+        rows = np.flatnonzero(weight)
+        return rows, gap[rows], weight[rows]
+
+    def _inputs(self, embeddings: NDArray[np.float32], features: Floats, scale: float) -> Floats:
+        """Return what the kernel compares, (n, d + f)."""
+        shown = standardised(features, self.mean_, self.deviation_)
+        return np.hstack([embeddings.astype(np.float64), scale * shown])
+
+    def _basis(self, x: Floats, sharpness: float) -> _Basis:
+        m = min(len(x), self.options.landmarks)
+        return _Basis.on(x[np.unique(np.linspace(0, len(x) - 1, m).astype(np.int64))], sharpness)
+
+    def _solve(self) -> None:
+        """Set the landmarks and coefficients from the pair's standings."""
+        rows, gap, weight = self._pair_rows()
+        if not len(rows):
+            self.landmarks_ = np.empty((0, self.embeddings_.shape[1] + len(self.mean_)))
+            self.coefficients_ = np.empty(0)
+            return
+        scale = self.shape_.feature_scale
+        x = self._inputs(self.embeddings_[rows], self.features_[rows], scale)
+        basis = self._basis(x, self.shape_.sharpness)
+        m = len(basis.landmarks)
+        precision, pulled = self.shape_.noise * np.eye(m), np.zeros(m)
+        for start in range(0, len(x), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            root = basis(x[block])
+            weighed = root * weight[block, None]
+            precision += weighed.T @ root
+            pulled += gap[block] @ weighed
+        self.landmarks_ = basis.landmarks
+        self.coefficients_ = basis.coefficients(np.linalg.solve(precision, pulled))
+
+    def turn(self) -> None:
+        super().turn()
+        self._solve()
+
+    def score(self, prompts: Sequence[str], embeddings: NDArray[np.float32]) -> Floats:
+        own = np.empty(len(prompts))
+        for start in range(0, len(prompts), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            x = self._inputs(
+                embeddings[block], prompt_features(prompts[block]), self.shape_.feature_scale
+            )
+            own[block] = _kernel(x, self.landmarks_, self.shape_.sharpness) @ self.coefficients_
+        _, mass = self.own_(embeddings)
+        return self._blend(own, mass, embeddings)
+
+    def state(self) -> tuple[Arrays, dict[str, Any]]:
+        arrays, doc = super().state()
+        own = {
+            "features": self.features_,
+            "landmarks": self.landmarks_,
+            "coefficients": self.coefficients_,
+        }
+        return arrays | own, doc | {"shape": asdict(self.shape_)}
+
+    def load_state(self, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]) -> None:
+        super().load_state(arrays, doc)
+        self.features_ = arrays["features"]
+        self.mean_, self.deviation_ = self.features_.mean(axis=0), self.features_.std(axis=0)
+        self.landmarks_, self.coefficients_ = arrays["landmarks"], arrays["coefficients"]
+        self.shape_ = Shape(**doc["shape"])
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """Coordinates (n, m) whose products are the kernel.
+
+    Exact at the landmarks, Nyström's approximation elsewhere (Rasmussen and Williams 2006,
+    section 8.1).
+    """
+
+    landmarks: Floats
+    lower: NDArray[Any]
+    sharpness: float
+
+    @classmethod
+    def on(cls, landmarks: Floats, sharpness: float) -> _Basis:
+        kernel = _kernel(landmarks, landmarks, sharpness)
+        return cls(landmarks, np.linalg.cholesky(kernel + _JITTER * np.eye(len(kernel))), sharpness)
+
+    def __call__(self, x: Floats) -> Floats:
+        from scipy.linalg import solve_triangular
+
+        kernel = _kernel(self.landmarks, x, self.sharpness)
+        out: Floats = solve_triangular(self.lower, kernel, lower=True).T
+        return out
+
+    def coefficients(self, of_coordinates: NDArray[Any]) -> Floats:
+        """Return weights (m,) on the kernel for those (m,) on the coordinates."""
+        from scipy.linalg import solve_triangular
+
+        out: Floats = solve_triangular(self.lower.T, of_coordinates, lower=False)
+        return out
+
+
+def _kernel(x: Floats, z: Floats, sharpness: float) -> Floats:
+    """Return ``exp(-sharpness * |x_i - z_j|^2)``, (n, m)."""
+    distance = (x**2).sum(axis=1)[:, None] + (z**2).sum(axis=1)[None, :] - 2.0 * (x @ z.T)
+    out: Floats = np.exp(-sharpness * np.maximum(distance, 0.0))
+    return out
