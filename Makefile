@@ -14,8 +14,8 @@ ROUTERS ?=
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-run: .venv/.installed  ## the whole loop; DATA=<folder, file or hub name>, ROUTERS=<kinds>
-	@$(BIN)/routellm retrain $(if $(DATA),--source "$(DATA)") $(if $(ROUTERS),--routers "$(ROUTERS)")
+run: .venv/.installed  ## the whole loop; DATA=<folder, file or hub name>, ROUTERS=<kinds, or all: every kind, with and without labels>
+	@$(BIN)/routellm retrain $(if $(DATA),--source "$(DATA)") $(if $(ROUTERS),--routers "$(ROUTERS)") $(if $(filter all,$(ROUTERS)),--compare-augmentation)
 
 # two workers of one thread each: torch's own threads would wait for each other
 test: .venv/.installed  ## all tests

@@ -20,6 +20,7 @@ from prefect.cache_policies import NO_CACHE
 
 import expectations
 from flows.steps import step
+from flows.trials import Trial, find_trial, run_trial, trials_to_run, variants
 from flows.work import (
     Measured,
     Plan,
@@ -59,6 +60,8 @@ class Retraining:
         One per router kind.
     decision : Decision or None
         The gate's verdict; None if promotion was not asked for.
+    trials : tuple of Trial
+        Routers trained to be compared only: other seeds, less augmentation.
     """
 
     manifest: Manifest
@@ -71,6 +74,7 @@ class Retraining:
     champion_why: str
     decision: Decision | None
     data_docs: Path | None
+    trials: tuple[Trial, ...] = ()
     simulated: bool = False
     warnings: tuple[str, ...] = field(default_factory=tuple)
 
@@ -195,11 +199,50 @@ def promote(measured: Sequence[Measured], plan: Plan, registry: Registry) -> Dec
     return decision
 
 
+@_task(task_run_name="trial-{trial.label}")
+def run_one_trial(
+    trial: Trial, plan: Plan | str, registry: Registry, settings: Settings, parent: str
+) -> Trial:
+    with step(f"trial of {trial.label}") as line:
+        done = run_trial(trial, plan, registry, settings, parent, line.advance)
+        line.result = done.failed or "APGR " + ", ".join(
+            f"{name} {one.exact.apgr.value:.3f}" for name, one in done.evaluations.items()
+        )
+    return done
+
+
+def _compare(
+    wanted: Sequence[Trial],
+    plan: Plan,
+    registry: Registry,
+    settings: Settings,
+    docs: Path | None,
+) -> tuple[Trial, ...]:
+    """Run the trials that were not run before on the same content."""
+    known = {trial: find_trial(trial, plan, registry, settings) for trial in wanted}
+    missing = [trial for trial, before in known.items() if before is None]
+    fresh: dict[Trial, Trial] = {}
+    if missing:
+        if plan.prepared is None:
+            augment(plan, settings)
+        plans = variants(plan, settings, missing)
+        with retraining_run(
+            registry, plan.manifest, docs, plan.label_weights, plan.contamination, what="compare"
+        ) as parent:
+            for trial in missing:
+                fresh[trial] = run_one_trial(
+                    trial, plans[trial.augmentation], registry, settings, parent
+                )
+    return tuple(known[trial] or fresh[trial] for trial in wanted)
+
+
 @flow(name="retrain", persist_result=False, validate_parameters=False)
 def retrain(
     settings: Settings,
     sources: Sequence[str] | None = None,
     move_alias: bool = True,
+    seeds: int = 1,
+    compare_augmentation: bool = False,
 ) -> Retraining:
     """Run the loop once.
 
@@ -207,6 +250,9 @@ def retrain(
     ----------
     sources : where battles come from; by default `settings.sources`.
     move_alias : whether the best router may become champion.
+    seeds : with how many seeds each router is trained; the first one's is registered.
+    compare_augmentation : whether each router is also trained without the pair's golden labels,
+        without a judge's, and without both.
     """
     names = list(sources or settings.sources)
     simulated = [name.startswith("simulated://") for name in names]
@@ -244,6 +290,8 @@ def retrain(
                 measured.append(register(trained, plan, registry, parent))
             log_curves(measured, registry)
     decision = promote(measured, plan, registry) if move_alias else None
+    wanted = trials_to_run(kinds, settings, seeds=seeds, augmentations=compare_augmentation)
+    trials = _compare(wanted, plan, registry, settings, docs)
     champion = registry.champion()
     result = Retraining(
         manifest=manifest,
@@ -256,6 +304,7 @@ def retrain(
         champion_why=str(registry.state().get("why", "")),
         decision=decision,
         data_docs=docs,
+        trials=trials,
         simulated=manifest.simulated,
         warnings=warnings,
     )

@@ -51,6 +51,8 @@ class Plan:
         The benchmark that promotion looks at.
     contamination : Contamination or None
         What was left out because training and evaluation share it, once embedded.
+    augmentation : str
+        Which labels of the pair itself are trained on (`routellm.augmentation.effect`).
     """
 
     manifest: Manifest
@@ -62,6 +64,7 @@ class Plan:
     prepared: training.Prepared | None = None
     clean: dict[str, Clean] = field(default_factory=dict)
     contamination: Contamination | None = None
+    augmentation: str = "both"
 
     @property
     def label_weights(self) -> dict[str, float]:
@@ -164,6 +167,7 @@ def training_key(kind: str, plan: Plan, settings: Settings) -> str:
         plan.encoder.identity,
         json.dumps([plan.pair.strong, plan.pair.weak]),
         json.dumps([b.digest for b in plan.benchmarks]),
+        plan.augmentation,
         __version__,
     )
 
@@ -305,17 +309,22 @@ def train_router(
     return trained
 
 
-def evaluate_router(trained: Trained, plan: Plan, settings: Settings) -> dict[str, Evaluation]:
+def evaluate_router(
+    trained: Trained, plan: Plan, settings: Settings, *, with_speed: bool = True
+) -> dict[str, Evaluation]:
     """Measure a trained router on every clean benchmark, and its speed; keep the figures."""
     embedded(plan, settings)
     if trained.figures.exists():
-        return _figures(trained)[0]
+        return kept_figures(trained)[0]
     router = load_bundle(trained.bundle, encoder=plan.encoder).router
     evaluations = measure(router, plan, settings)
-    queries_per_s, latency_ms = speed(router, plan.clean[plan.primary].benchmark.prompts)
+    measured_speed = {}
+    if with_speed:
+        queries_per_s, latency_ms = speed(router, plan.clean[plan.primary].benchmark.prompts)
+        measured_speed = {"queries_per_s": queries_per_s, "latency_ms_p50": latency_ms}
     document = {
         "evaluations": {name: one.to_dict() for name, one in evaluations.items()},
-        "speed": {"queries_per_s": queries_per_s, "latency_ms_p50": latency_ms},
+        "speed": measured_speed,
     }
     write_atomic(trained.figures, json.dumps(document))
     return evaluations
@@ -323,7 +332,7 @@ def evaluate_router(trained: Trained, plan: Plan, settings: Settings) -> dict[st
 
 def register_router(trained: Trained, plan: Plan, registry: Registry, parent: str) -> Measured:
     """Register a trained and measured router as a version, once, and clear its folder."""
-    evaluations, measured_speed = _figures(trained)
+    evaluations, measured_speed = kept_figures(trained)
     version = registry.find_trained(trained.key)
     if version is None:
         version = log_version(
@@ -346,7 +355,7 @@ def register_router(trained: Trained, plan: Plan, registry: Registry, parent: st
     )
 
 
-def _figures(trained: Trained) -> tuple[dict[str, Evaluation], dict[str, float]]:
+def kept_figures(trained: Trained) -> tuple[dict[str, Evaluation], dict[str, float]]:
     document = json.loads(trained.figures.read_text())
     found = document["evaluations"].items()
     return {name: Evaluation.from_dict(one) for name, one in found}, document["speed"]

@@ -101,6 +101,27 @@ class Registry:
             (v for v in self.versions() if v.tags.get("training_key") == training_key), None
         )
 
+    def trial_evaluations(self, training_key: str) -> dict[str, Evaluation] | None:
+        """Return the evaluations of a trial that was run before, by benchmark, or None.
+
+        A trial is a router that was trained to be compared and has no version.
+        """
+        import mlflow
+
+        with _said(self.settings):
+            experiment = self.client.get_experiment_by_name(self.settings.experiment)
+            if experiment is None:
+                return None
+            runs = self.client.search_runs(
+                [experiment.experiment_id],
+                f"tags.training_key = '{training_key}' and attributes.status = 'FINISHED'",
+                max_results=1,
+            )
+            if not runs:
+                return None
+            doc = mlflow.artifacts.load_dict(f"runs:/{runs[0].info.run_id}/evaluations.json")
+        return {name: Evaluation.from_dict(one) for name, one in doc.items()}
+
     def evaluations(self, version: VersionInfo) -> dict[str, Evaluation]:
         """Return a version's evaluations, by benchmark."""
         import mlflow

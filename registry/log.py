@@ -30,8 +30,10 @@ def retraining_run(
     data_docs: Path | None = None,
     label_weights: Mapping[str, float] | None = None,
     contamination: Contamination | None = None,
+    *,
+    what: str = "retrain",
 ) -> Iterator[str]:
-    """Open the parent run of one retraining; yields its id.
+    """Open the parent run of one retraining (or what else it is called); yields its id.
 
     It shows what the snapshot was held to (``validation.json`` as a table), links the Data Docs
     in its description, and lists the prompts left out because training and evaluation share them
@@ -39,7 +41,7 @@ def retraining_run(
     """
     import mlflow
 
-    label = f"retrain {manifest.digest[:12]}"
+    label = f"{what} {manifest.digest[:12]}"
     with _said(registry.settings), mlflow.start_run(run_name=label) as run:
         tags = {"snapshot": manifest.digest, "simulated": str(manifest.simulated).lower()}
         told = f"Snapshot `{manifest.digest[:12]}`, {manifest.rows:,} battles."
@@ -120,16 +122,8 @@ def log_version(
             with warnings.catch_warnings():  # counts have no missing values
                 warnings.simplefilter("ignore", UserWarning)
                 mlflow.log_input(_dataset(manifest), context="training")
-            mlflow.log_metrics({**flat_metrics(evaluations), **report.metrics, **speed})
-            for name, values in report.history.items():
-                for step, value in enumerate(values, 1):
-                    mlflow.log_metric(name, value, step=step)
-            for name, one in evaluations.items():
-                for percent in range(0, 101, 2):
-                    mlflow.log_metric(f"{name}.pgr", one.pgr_by_percent[percent], step=percent)
-            mlflow.log_dict(
-                {name: one.to_dict() for name, one in evaluations.items()}, "evaluations.json"
-            )
+            mlflow.log_metrics(speed)
+            _log_figures(report, evaluations)
             example = pd.DataFrame({"prompt": [p for p, _ in bundle.golden[:2]]})
             answer = pd.DataFrame({"win_rate": [0.5], "route": ["strong"]})
             with warnings.catch_warnings():
@@ -160,6 +154,54 @@ def log_version(
             },
         )
     return registry.get(str(version.version))
+
+
+def log_trial(
+    registry: Registry,
+    *,
+    kind: str,
+    augmentation: str,
+    seed: int,
+    training_key: str,
+    report: FitReport,
+    evaluations: Mapping[str, Evaluation],
+    simulated: bool,
+    parent_run_id: str,
+) -> None:
+    """Log a router that was trained to be compared: a child run, and no version."""
+    import mlflow
+
+    label = f"{kind}, labels {augmentation}, seed {seed}"
+    with (
+        _said(registry.settings),
+        mlflow.start_run(run_name=label, nested=True, parent_run_id=parent_run_id),
+    ):
+        mlflow.set_tags(
+            {
+                "kind": kind,
+                "trial": "true",
+                "augmentation": augmentation,
+                "training_key": training_key,
+                "simulated": str(simulated).lower(),
+            }
+        )
+        mlflow.log_params({"augmentation": augmentation, "training_seed": seed, "kind": kind})
+        mlflow.log_params(report.params)
+        _log_figures(report, evaluations)
+
+
+def _log_figures(report: FitReport, evaluations: Mapping[str, Evaluation]) -> None:
+    """Log on the open run what training and measuring gave: metrics, curves, and all of it."""
+    import mlflow
+
+    mlflow.log_metrics({**flat_metrics(evaluations), **report.metrics})
+    for name, values in report.history.items():
+        for step, value in enumerate(values, 1):
+            mlflow.log_metric(name, value, step=step)
+    for name, one in evaluations.items():
+        for percent in range(0, 101, 2):
+            mlflow.log_metric(f"{name}.pgr", one.pgr_by_percent[percent], step=percent)
+    mlflow.log_dict({name: one.to_dict() for name, one in evaluations.items()}, "evaluations.json")
 
 
 def flat_metrics(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:

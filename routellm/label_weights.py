@@ -99,3 +99,8 @@ def weigh(battles: TrainingBattles, weights: Mapping[str, float]) -> TrainingBat
     kinds, where = np.unique(battles.label_kind, return_inverse=True)
     factor = np.array([weights.get(str(k), 1.0) for k in kinds])
     return replace(battles, weight=battles.weight * factor[where])
+
+
+def unweighted(battles: TrainingBattles) -> TrainingBattles:
+    """Return the battles with a weight of 1 each, as they were before `weigh`."""
+    return replace(battles, weight=np.ones(len(battles)))

@@ -7,21 +7,25 @@ it. The word lists are English; in other languages the rest still says something
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 _MOST_CHARS = 20_000  # of a prompt are looked at
 _CLIP = 3.0  # standard deviations: one odd prompt must not be unlike everything
+_NO_SPREAD = 1e-9  # of a feature: what summing leaves of one that is the same everywhere
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
-_OPTION = re.compile(r"(?:^|\n)\s*[A-D][.)]\s")
+# space other than line ends: `\s*` would run to the end of a blank prompt from each of its lines
+_OPTION = re.compile(r"^[^\S\n]*[A-D][.)]\s", re.MULTILINE)
 _NEGATION = re.compile(r"\b(?:not|except|least|incorrect|false)\b")
 _CODE = re.compile(
-    r"\b(?:def|import|class|return|function|code|python|java|c\+\+|html|sql|algorithm)\b"
+    r"\b(?:def|import|class|return|function|code|python|java|html|sql|algorithm)\b|\bc\+\+"
 )
 _WRITE = re.compile(
     r"\b(?:write|draft|compose|create|describe|explain|list|summari[sz]e|generate|give me"
@@ -56,36 +60,37 @@ def prompt_features(prompts: Sequence[str]) -> NDArray[np.float64]:
 def _features(prompt: str) -> list[float]:
     words, lower = prompt.split(), prompt.lower()
     chars, n_words = max(len(prompt), 1), max(len(words), 1)
+    each = Counter(prompt)  # one pass; what follows looks at distinct characters only
 
-    def share(of: frozenset[str]) -> float:
-        return sum(c in of for c in prompt) / chars
+    def number(of: Callable[[str], bool]) -> int:
+        return sum(n for c, n in each.items() if of(c))
 
     def count(n: int) -> float:
-        return float(np.log1p(n))
+        return math.log1p(n)
 
     return [
         count(len(prompt)),
         count(len(words)),
         chars / n_words,
-        sum(c.isdigit() for c in prompt) / chars,
+        number(str.isdigit) / chars,
         count(len(_NUMBER.findall(prompt))),
-        count(prompt.count("\n")),
-        count(prompt.count("?")),
+        count(each["\n"]),
+        count(each["?"]),
         count(len(_SENTENCE_END.findall(prompt))),
-        share(_MATHS),
-        count(sum(c in _RELATION for c in prompt)),
-        share(_BRACKETS),
+        number(_MATHS.__contains__) / chars,
+        count(number(_RELATION.__contains__)),
+        number(_BRACKETS.__contains__) / chars,
         float(bool(_CODE.search(lower))),
-        sum(c.isupper() for c in prompt) / chars,
-        sum(ord(c) > 127 for c in prompt) / chars,
+        number(str.isupper) / chars,
+        number(lambda c: ord(c) > 127) / chars,
         float(bool(_OPTION.search(prompt))),
         float(bool(_NEGATION.search(lower))),
         float(bool(_WRITE.search(lower))),
         float(bool(_CALCULATE.search(lower))),
         float(bool(_ROLE.search(lower))),
-        count(prompt.count(",")),
+        count(each[","]),
         float(prompt.strip().endswith("?")),
-        count(prompt.count('"') + prompt.count("'")),
+        count(each['"'] + each["'"]),
         len({w.lower() for w in words}) / n_words,
     ]
 
@@ -95,8 +100,8 @@ def standardised(
 ) -> NDArray[np.float64]:
     """Return features (n, f) in standard deviations from the mean, cut at three either way.
 
-    A feature that did not vary in training (`deviation` 0) says nothing: it is 0.
+    A feature that did not vary in training (`deviation` 0, but for rounding) says nothing: it is 0.
     """
-    varied = deviation > 0
+    varied = deviation > _NO_SPREAD
     scaled = np.where(varied, (features - mean) / np.where(varied, deviation, 1.0), 0.0)
     return np.clip(scaled, -_CLIP, _CLIP)

@@ -84,7 +84,7 @@ class TrainingSettings(_Group):
     """How routers are trained."""
 
     routers: tuple[str, ...] = Field(
-        ("random", "sw_ranking", "mf", "knn"),
+        ("random", "sw_ranking", "mf", "knn", "gaussian_process"),
         description="router kinds to train, or `all` that can be trained on this machine",
     )
     augment: tuple[Literal["golden", "judge", "human", "feedback"], ...] = Field(

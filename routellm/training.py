@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from routellm.augmentation.effect import augmented
 from routellm.battles import prompt_split
 from routellm.embeddings.base import Encoder, Progress
 from routellm.errors import TrainingError
@@ -19,6 +20,7 @@ from routellm.label_weights import (
     LabelWeights,
     choose_label_weights,
     fixed_label_weights,
+    unweighted,
     weigh,
 )
 from routellm.routers.base import FitReport, Pair, Router, TrainingBattles, make_router
@@ -157,25 +159,30 @@ def without_prompts(prepared: Prepared, out: np.ndarray, settings: Settings) -> 
             "every training prompt matches an evaluation prompt: set `evaluation.contamination` to "
             "drop_evaluation, or name another benchmark"
         )
-    used, where = np.unique(battles.prompt[~gone], return_inverse=True)
-    left = replace(
-        battles,
-        prompts=tuple(battles.prompts[i] for i in used),
-        embeddings=battles.embeddings[used],
-        prompt=where.astype(np.int64),
-        model_a=battles.model_a[~gone],
-        model_b=battles.model_b[~gone],
-        preference_a=battles.preference_a[~gone],
-        weight=np.ones(len(where)),
-        label_kind=battles.label_kind[~gone],
-        validation=battles.validation[~gone],
-    )
+    left = unweighted(battles.where(~gone))
     counts = {
         kind: n - int((battles.label_kind[gone] == kind).sum())
         for kind, n in prepared.by_label_kind.items()
     }
     weighed = _weighed(left, prepared.heldout, counts, settings)
     return replace(weighed, left_out=int(gone.sum()))
+
+
+def with_augmentation(prepared: Prepared, augmentation: str, settings: Settings) -> Prepared:
+    """Return what would be trained on had the pair been labelled so (`AUGMENTATIONS`).
+
+    Label kinds are weighed again, by the battles that are left; held-out battles stay.
+
+    Raises
+    ------
+    TrainingError
+        If too little is left of the pair to train on.
+    """
+    battles = augmented(unweighted(prepared.battles), augmentation)
+    kinds, n = np.unique(battles.label_kind, return_counts=True)
+    counts = {str(k): int(c) for k, c in zip(kinds, n, strict=True)}
+    weighed = _weighed(battles, prepared.heldout, counts, settings)
+    return replace(weighed, left_out=prepared.left_out)
 
 
 def _weighed(

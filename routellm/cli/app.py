@@ -170,12 +170,31 @@ def retrain(
     routers: Annotated[str | None, typer.Option(help="Kinds, by commas, or `all`.")] = None,
     benchmarks: Benchmarks = None,
     promote: Annotated[bool, typer.Option(help="Let the best become champion.")] = True,
+    seeds: Annotated[
+        int,
+        typer.Option(min=1, max=100, help="Train each router with so many seeds; show the spread."),
+    ] = 1,
+    compare_augmentation: Annotated[
+        bool,
+        typer.Option(
+            "--compare-augmentation",
+            help="Train each router also without the pair's golden and judge labels.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Ingest, validate, train, evaluate, register and promote, once."""
     from routellm.cli.retrain import run_retraining
 
-    run_retraining(source, routers, benchmarks, move_alias=promote, as_json=json)
+    run_retraining(
+        source,
+        routers,
+        benchmarks,
+        move_alias=promote,
+        seeds=seeds,
+        compare_augmentation=compare_augmentation,
+        as_json=json,
+    )
 
 
 app.command(epilog=EVALUATE)(evaluate)

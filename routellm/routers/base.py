@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -88,6 +88,22 @@ class TrainingBattles:
 
     def __len__(self) -> int:
         return len(self.prompt)
+
+    def where(self, keep: NDArray[np.bool_]) -> TrainingBattles:
+        """Return the battles marked in `keep` (n,), with the prompts that they are on."""
+        used, prompt = np.unique(self.prompt[keep], return_inverse=True)
+        return replace(
+            self,
+            prompts=tuple(self.prompts[i] for i in used),
+            embeddings=self.embeddings[used],
+            prompt=prompt.astype(np.int64),
+            model_a=self.model_a[keep],
+            model_b=self.model_b[keep],
+            preference_a=self.preference_a[keep],
+            weight=self.weight[keep],
+            label_kind=self.label_kind[keep],
+            validation=self.validation[keep],
+        )
 
     def between(
         self, strong: NDArray[np.bool_], weak: NDArray[np.bool_]

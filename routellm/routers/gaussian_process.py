@@ -89,7 +89,7 @@ class GaussianProcessRouter(KNearestRouter):
         report = super().fit(battles, rng=rng, checkpoint=checkpoint)
         said = np.unique(battles.prompt[battles.weight > 0])  # the prompts of `embeddings_`
         self.features_ = prompt_features([battles.prompts[i] for i in said])
-        self.mean_, self.deviation_ = self.features_.mean(axis=0), self.features_.std(axis=0)
+        self._standardise()
         truth, known = standings(battles, only=battles.trusted_kind()).gap(self.pair)
         self.shape_, error, history = self._choose(truth[said], known[said] > 0, rng, progress)
         self._solve()
@@ -101,7 +101,7 @@ class GaussianProcessRouter(KNearestRouter):
                 "noise": self.shape_.noise,
                 "landmarks": len(self.landmarks_),
             },
-            metrics={**report.metrics, "leave_one_out_mse": error},
+            metrics=report.metrics | ({} if error is None else {"leave_one_out_mse": error}),
             history={**report.history, "leave_one_out_mse_by_shape": history},
         )
 
@@ -111,33 +111,39 @@ class GaussianProcessRouter(KNearestRouter):
         known: NDArray[np.bool_],
         rng: np.random.Generator,
         progress: Progress | None,
-    ) -> tuple[Shape, float, list[float]]:
+    ) -> tuple[Shape, float | None, list[float]]:
         """Return the shape with the least leave-one-out error, that error, and those of all shapes.
 
         `truth` (u,) are the standings by the trusted label kind alone, `known` (u,) where there
         are any: errors are counted there, in closed form (Rasmussen and Williams 2006, section
-        5.4.2).
+        5.4.2). Where there is none to count, the shape that says least, and no error.
         """
         rows, gap, weight = self._pair_rows()
         if len(rows) > _CHOOSE_BY:
-            some = np.sort(rng.choice(len(rows), _CHOOSE_BY, replace=False))
+            # however rare the trusted kind is, half of them are of it if there are as many
+            order = rng.permutation(len(rows))
+            first = order[known[rows][order]][: _CHOOSE_BY // 2]
+            others = order[~np.isin(order, first)][: _CHOOSE_BY - len(first)]
+            some = np.sort(np.concatenate([first, others]))
             rows, gap, weight = rows[some], gap[some], weight[some]
         judged = np.flatnonzero(known[rows])
         if not len(judged):
-            return Shape(SHARPNESS[-1], 0.0, NOISE[-1]), float("nan"), []
+            return Shape(SHARPNESS[-1], 0.0, NOISE[-1]), None, []
+        root_weight = np.sqrt(weight)
         shapes: list[Shape] = []
         errors: list[float] = []
         grid = [(s, f) for s in SHARPNESS for f in FEATURE_SCALE]
         for done, (sharpness, scale) in enumerate(grid, 1):
-            x = self._inputs(self.embeddings_[rows], self.features_[rows], scale)
-            root = self._basis(x, sharpness)(x)  # (n, m): root @ root.T is the kernel
-            spread, turned = np.linalg.eigh((root * weight[:, None]).T @ root)
+            basis = self._basis(rows, sharpness, scale)
+            root = basis(self._inputs(rows, scale)) * root_weight[:, None]  # (n, m)
+            spread, turned = np.linalg.eigh(root.T @ root)
             root = root @ turned
-            pulled = (weight * gap) @ root
+            pulled = (root_weight * gap) @ root
             for noise in NOISE:
                 inverse = 1.0 / (np.maximum(spread, 0.0) + noise)
-                leverage = weight * ((root**2) @ inverse)
-                residual = (gap - root @ (inverse * pulled)) / np.maximum(1.0 - leverage, 1e-9)
+                leverage = (root**2) @ inverse
+                fitted = (root @ (inverse * pulled)) / root_weight
+                residual = (gap - fitted) / np.maximum(1.0 - leverage, 1e-9)
                 shapes.append(Shape(sharpness, scale, noise))
                 errors.append(float(np.mean((gap - residual - truth[rows])[judged] ** 2)))
             if progress:
@@ -151,14 +157,25 @@ class GaussianProcessRouter(KNearestRouter):
         rows = np.flatnonzero(weight)
         return rows, gap[rows], weight[rows]
 
-    def _inputs(self, embeddings: NDArray[np.float32], features: Floats, scale: float) -> Floats:
-        """Return what the kernel compares, (n, d + f)."""
+    def _standardise(self) -> None:
+        """Set what features are standardised by."""
+        f = self.features_
+        some = len(f) > 0
+        self.mean_ = f.mean(axis=0) if some else np.zeros(f.shape[1])
+        self.deviation_ = f.std(axis=0) if some else np.zeros(f.shape[1])
+
+    def _inputs(self, rows: NDArray[np.int64], scale: float) -> Floats:
+        """Return what the kernel compares of the prompts at `rows`, (n, d + f)."""
+        return self._compared(self.embeddings_[rows], self.features_[rows], scale)
+
+    def _compared(self, embeddings: NDArray[np.float32], features: Floats, scale: float) -> Floats:
         shown = standardised(features, self.mean_, self.deviation_)
         return np.hstack([embeddings.astype(np.float64), scale * shown])
 
-    def _basis(self, x: Floats, sharpness: float) -> _Basis:
-        m = min(len(x), self.options.landmarks)
-        return _Basis.on(x[np.unique(np.linspace(0, len(x) - 1, m).astype(np.int64))], sharpness)
+    def _basis(self, rows: NDArray[np.int64], sharpness: float, scale: float) -> _Basis:
+        m = min(len(rows), self.options.landmarks)
+        spread = np.unique(np.linspace(0, len(rows) - 1, m).astype(np.int64))
+        return _Basis.on(self._inputs(rows[spread], scale), sharpness)
 
     def _solve(self) -> None:
         """Set the landmarks and coefficients from the pair's standings."""
@@ -168,16 +185,15 @@ class GaussianProcessRouter(KNearestRouter):
             self.coefficients_ = np.empty(0)
             return
         scale = self.shape_.feature_scale
-        x = self._inputs(self.embeddings_[rows], self.features_[rows], scale)
-        basis = self._basis(x, self.shape_.sharpness)
+        basis = self._basis(rows, self.shape_.sharpness, scale)
         m = len(basis.landmarks)
         precision, pulled = self.shape_.noise * np.eye(m), np.zeros(m)
-        for start in range(0, len(x), _BLOCK):
+        for start in range(0, len(rows), _BLOCK):
             block = slice(start, start + _BLOCK)
-            root = basis(x[block])
-            weighed = root * weight[block, None]
-            precision += weighed.T @ root
-            pulled += gap[block] @ weighed
+            root_weight = np.sqrt(weight[block])
+            root = basis(self._inputs(rows[block], scale)) * root_weight[:, None]
+            precision += root.T @ root
+            pulled += (root_weight * gap[block]) @ root
         self.landmarks_ = basis.landmarks
         self.coefficients_ = basis.coefficients(np.linalg.solve(precision, pulled))
 
@@ -189,10 +205,10 @@ class GaussianProcessRouter(KNearestRouter):
         own = np.empty(len(prompts))
         for start in range(0, len(prompts), _BLOCK):
             block = slice(start, start + _BLOCK)
-            x = self._inputs(
+            x = self._compared(
                 embeddings[block], prompt_features(prompts[block]), self.shape_.feature_scale
             )
-            own[block] = _kernel(x, self.landmarks_, self.shape_.sharpness) @ self.coefficients_
+            own[block] = kernel(x, self.landmarks_, self.shape_.sharpness) @ self.coefficients_
         _, mass = self.own_(embeddings)
         return self._blend(own, mass, embeddings)
 
@@ -208,7 +224,7 @@ class GaussianProcessRouter(KNearestRouter):
     def load_state(self, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]) -> None:
         super().load_state(arrays, doc)
         self.features_ = arrays["features"]
-        self.mean_, self.deviation_ = self.features_.mean(axis=0), self.features_.std(axis=0)
+        self._standardise()
         self.landmarks_, self.coefficients_ = arrays["landmarks"], arrays["coefficients"]
         self.shape_ = Shape(**doc["shape"])
 
@@ -227,14 +243,16 @@ class _Basis:
 
     @classmethod
     def on(cls, landmarks: Floats, sharpness: float) -> _Basis:
-        kernel = _kernel(landmarks, landmarks, sharpness)
-        return cls(landmarks, np.linalg.cholesky(kernel + _JITTER * np.eye(len(kernel))), sharpness)
+        between = kernel(landmarks, landmarks, sharpness)
+        # duplicates leave it without full rank
+        lower = np.linalg.cholesky(between + _JITTER * np.eye(len(between)))
+        return cls(landmarks, lower, sharpness)
 
     def __call__(self, x: Floats) -> Floats:
         from scipy.linalg import solve_triangular
 
-        kernel = _kernel(self.landmarks, x, self.sharpness)
-        out: Floats = solve_triangular(self.lower, kernel, lower=True).T
+        between = kernel(self.landmarks, x, self.sharpness)
+        out: Floats = solve_triangular(self.lower, between, lower=True).T
         return out
 
     def coefficients(self, of_coordinates: NDArray[Any]) -> Floats:
@@ -245,8 +263,9 @@ class _Basis:
         return out
 
 
-def _kernel(x: Floats, z: Floats, sharpness: float) -> Floats:
+def kernel(x: Floats, z: Floats, sharpness: float) -> Floats:
     """Return ``exp(-sharpness * |x_i - z_j|^2)``, (n, m)."""
-    distance = (x**2).sum(axis=1)[:, None] + (z**2).sum(axis=1)[None, :] - 2.0 * (x @ z.T)
+    x_square, z_square = (np.einsum("ij,ij->i", y, y) for y in (x, z))  # without a copy of either
+    distance = x_square[:, None] + z_square[None, :] - 2.0 * (x @ z.T)
     out: Floats = np.exp(-sharpness * np.maximum(distance, 0.0))
     return out

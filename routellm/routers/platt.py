@@ -121,18 +121,9 @@ def without_validation(battles: TrainingBattles, rng: np.random.Generator) -> Tr
     As large a share of the prompts that are left is marked for validation in their place, so that
     what a kind chooses there it still chooses.
     """
-    keep = ~battles.validation
-    used, where = np.unique(battles.prompt[keep], return_inverse=True)
-    marked = rng.random(len(used)) < 1.0 - len(used) / len(battles.prompts)
-    per_battle = ("model_a", "model_b", "preference_a", "weight", "label_kind")
-    return replace(
-        battles,
-        prompts=tuple(battles.prompts[i] for i in used),
-        embeddings=battles.embeddings[used],
-        prompt=where,
-        validation=marked[where],
-        **{name: getattr(battles, name)[keep] for name in per_battle},
-    )
+    left = battles.where(~battles.validation)
+    marked = rng.random(len(left.prompts)) < 1.0 - len(left.prompts) / len(battles.prompts)
+    return replace(left, validation=marked[left.prompt])
 
 
 def _not_calibrated(n: int, why: str) -> tuple[Platt, PlattReport]:
