@@ -6,7 +6,7 @@ import mlflow
 import pytest
 
 import expectations
-from flows import work
+from flows import trials, work
 from flows.engine import configure
 from registry import connect
 from registry.log import retraining_run
@@ -251,3 +251,68 @@ def test_a_source_that_does_not_answer_is_asked_again_and_a_wrong_one_is_not(
         with pytest.raises(SourceError, match="a column is missing"):
             run()
         assert len(asked) == 1
+
+
+def trials_of(settings, *kinds, **options):
+    return trials.trials_to_run(kinds, settings, **{"seeds": 1, "augmentations": False, **options})
+
+
+def test_trials_are_the_other_seeds_and_the_augmentations_left_out(prepared):
+    settings = prepared[0]
+    wanted = trials_of(settings, "random", "knn", seeds=3, augmentations=True)
+    assert [(t.kind, t.augmentation, t.seed) for t in wanted] == [
+        ("random", "both", 1), ("knn", "both", 1), ("random", "both", 2), ("knn", "both", 2),
+        ("knn", "none", 0), ("knn", "golden", 0), ("knn", "judge", 0),
+    ]  # fmt: skip
+    assert trials_of(settings, "knn") == []
+
+
+def test_a_trial_is_measured_and_logged_once_and_makes_no_version(
+    plan, prepared, registry, no_work
+):
+    settings, _, manifest = prepared
+    before = len(registry.versions())
+    for wanted in (
+        *trials_of(settings, "knn", seeds=2),
+        trials_of(settings, "knn", augmentations=True)[0],
+    ):
+        assert trials.find_trial(wanted, plan, registry, settings) is None
+        plans = trials.variants(plan, settings, [wanted])
+        with retraining_run(registry, manifest, what="compare") as parent:
+            done = trials.run_trial(wanted, plans[wanted.augmentation], registry, settings, parent)
+        assert done.failed == ""
+        assert set(done.evaluations) == set(plan.clean)
+        again = trials.find_trial(wanted, plan, registry, settings)
+        assert again.evaluations == done.evaluations
+        (run,) = registry.client.search_runs(
+            [registry.client.get_experiment_by_name("routellm").experiment_id],
+            f"tags.`mlflow.parentRunId` = '{parent}'",
+        )
+        assert run.data.params["augmentation"] == wanted.augmentation
+        assert run.data.params["training_seed"] == str(wanted.seed)
+    assert len(registry.versions()) == before
+    assert not list((settings.home / "trained").glob("*/bundle"))
+
+
+def test_a_trial_that_was_killed_after_training_is_not_trained_again(
+    plan, prepared, registry, no_work
+):
+    settings, _, manifest = prepared
+    (wanted,) = trials_of(settings, "random", seeds=2)
+    seeded = with_routers(settings, seed=1)
+    trained = work.train_router("random", plan, seeded)
+    work.evaluate_router(trained, plan, seeded, with_speed=False)
+    no_work()
+    with retraining_run(registry, manifest, what="compare") as parent:
+        done = trials.run_trial(wanted, plan, registry, settings, parent)
+    assert done.evaluations
+    assert not trained.folder.exists()
+
+
+def test_what_cannot_be_trained_without_the_pairs_labels_says_why(plan, prepared, registry):
+    settings, _, manifest = prepared
+    wanted = trials_of(settings, "knn", augmentations=True)[0]
+    with retraining_run(registry, manifest, what="compare") as parent:
+        done = trials.run_trial(wanted, "no battle of weak", registry, settings, parent)
+    assert done.failed == "no battle of weak"
+    assert done.evaluations == {}
