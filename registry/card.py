@@ -6,11 +6,16 @@ from collections.abc import Mapping
 
 from routellm.bundle import Bundle
 from routellm.evaluation.evaluate import Evaluation
+from routellm.routers.base import FitReport
 from routellm.snapshots import Manifest
 
 
 def model_card(
-    bundle: Bundle, evaluations: Mapping[str, Evaluation], manifest: Manifest, model: str
+    bundle: Bundle,
+    evaluations: Mapping[str, Evaluation],
+    manifest: Manifest,
+    model: str,
+    report: FitReport,
 ) -> str:
     """Return the card as Markdown: what it is, its figures, its thresholds, how to use it."""
     pair = bundle.pair
@@ -41,6 +46,8 @@ def model_card(
         f"like the sample they were set on ({bundle.calibration.sample}, "
         f"{bundle.calibration.n} queries).",
         "",
+        _calibrated(report),
+        "",
         "| strong fraction | threshold |",
         "| --- | --- |",
     ]
@@ -57,6 +64,18 @@ def model_card(
         "```",
     ]
     return "\n".join(lines)
+
+
+def _calibrated(report: FitReport) -> str:
+    """Say how far win rates are from the shares they stand for."""
+    n = report.metrics.get("calibration_n", 0)
+    if "calibration_ece_before" not in report.metrics:
+        return f"Win rates are not calibrated: {report.params.get('platt', 'not tried')}."
+    before, after = (report.metrics[f"calibration_ece_{when}"] for when in ("before", "after"))
+    return (
+        f"Win rates: expected calibration error {before:.3f} before Platt scaling, {after:.3f} "
+        f"as served, over {n:.0f} validation battles that the map was not fitted on."
+    )
 
 
 def _saved(one: Evaluation) -> str:

@@ -143,7 +143,7 @@ def log_version(
             registry.model,
             source=logged.model_uri,
             run_id=run.info.run_id,
-            description=model_card(bundle, evaluations, manifest, registry.model),
+            description=model_card(bundle, evaluations, manifest, registry.model, report),
             tags={
                 "kind": bundle.kind,
                 "training_key": training_key,
