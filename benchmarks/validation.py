@@ -7,7 +7,9 @@ The prompts on which the pair has battles of the most trusted label kind are dea
 Each kind is trained as `routellm retrain` does (weights of label kinds chosen anew, epochs and the
 like chosen on validation battles, calibrated) on all battles whose prompt is not in the fold, and
 gives win rates for the fold. Cross-entropy and Brier score are of these, AUC and APGR of their
-places within the fold: a curve over win rates of five routers would be no router's.
+places within the fold: five routers differ in level, and lowest is the one whose fold was highest,
+since it was trained on what was left. Options of a kind are those of the settings
+(``ROUTELLM_TRAINING__OPTIONS='{"knn": {"kinship": 0}}'``).
 """
 
 from __future__ import annotations
@@ -202,11 +204,14 @@ def show(found: dict[str, dict[str, Figure]], reference: str, title: str) -> Non
         table.add_column(name, justify="right")
     for kind, by_metric in found.items():
         table.add_section()
-        table.add_row(kind, *(str(f.value) for f in by_metric.values()))
+        table.add_row(kind, *(_shown(f.value, ".4f") for f in by_metric.values()))
         if kind != reference:
-            less = (f.above_reference for f in by_metric.values())
-            table.add_row("", *(f"{i.value:+.3f} [{i.low:+.3f}, {i.high:+.3f}]" for i in less))
-    Console(width=None if sys.stdout.isatty() else 125).print(table)
+            table.add_row("", *(_shown(f.above_reference, "+.4f") for f in by_metric.values()))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _shown(i: Interval, form: str) -> str:
+    return f"{i.value:{form}} [{i.low:{form}}, {i.high:{form}}]"
 
 
 def main() -> None:

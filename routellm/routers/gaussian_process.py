@@ -1,15 +1,17 @@
 """``gaussian_process``: a smooth function of the prompt for the pair, its kin where that is silent.
 
-As ``knn``, with a better estimate of the pair's own standings: instead of an average over
-neighbours, the posterior mean of a Gaussian process (Rasmussen and Williams 2006, section 2.2)
-over the prompt's embedding and its features (`routellm.prompt_features`), so that what a prompt
-looks like counts beside what it is about.
+It goes by the same standings as ``knn``, but differs in both parts. The pair's own are estimated,
+instead of by an average over neighbours, by the posterior mean of a Gaussian process (Rasmussen and
+Williams 2006, section 2.2) over the prompt's embedding and its features
+(`routellm.prompt_features`), so that what a prompt looks like counts beside what it is about. And
+kin have no say on prompts as familiar as the pair's own, where what it fought says more: on those
+their word made win rates worse (`python -m benchmarks.validation`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from routellm.embeddings.base import Progress
 from routellm.prompt_features import prompt_features, standardised
 from routellm.routers.base import Arrays, FitReport, TrainingBattles
 from routellm.routers.knn import KNearestOptions, KNearestRouter
-from routellm.standings import standings
+from routellm.standings import leave_one_out, standings
 
 Floats = NDArray[np.float64]
 
@@ -33,6 +35,7 @@ NOISE = (0.5, 1.0, 2.0, 4.0, 8.0)  # variance of a standing over that of the fun
 _CHOOSE_BY = 4_000  # prompts are enough to choose these by
 _BLOCK = 2_000  # prompts at once, to bound memory
 _JITTER = 1e-6
+_LEAST = 1e-300
 
 
 class GaussianProcessOptions(KNearestOptions):
@@ -60,7 +63,7 @@ class Shape:
 
 
 class GaussianProcessRouter(KNearestRouter):
-    """Gaussian-process regression over the pair's standings, blended with its kin's as in ``knn``.
+    """Gaussian-process regression over the pair's standings, its kin's where those are strange.
 
     Attributes
     ----------
@@ -73,6 +76,9 @@ class GaussianProcessRouter(KNearestRouter):
         Inputs of the prompts that carry the function.
     coefficients_ : ndarray float64 (m,)
         The estimate at a query is their sum weighted by the kernel.
+    familiar_ : float
+        Neighbours (at full similarity, as sharp as kin's) that a prompt needs to count as familiar:
+        three of four of the pair's own have as many beside themselves. 0 if there are no own.
     """
 
     kind = "gaussian_process"
@@ -93,6 +99,7 @@ class GaussianProcessRouter(KNearestRouter):
         truth, known = standings(battles, only=battles.trusted_kind()).gap(self.pair)
         self.shape_, error, history = self._choose(truth[said], known[said] > 0, rng, progress)
         self._solve()
+        self.familiar_ = self._familiar()
         return FitReport(
             params={
                 **report.params,
@@ -100,6 +107,7 @@ class GaussianProcessRouter(KNearestRouter):
                 "feature_scale": self.shape_.feature_scale,
                 "noise": self.shape_.noise,
                 "landmarks": len(self.landmarks_),
+                "familiar": self.familiar_,
             },
             metrics=report.metrics | ({} if error is None else {"leave_one_out_mse": error}),
             history={**report.history, "leave_one_out_mse_by_shape": history},
@@ -197,9 +205,21 @@ class GaussianProcessRouter(KNearestRouter):
         self.landmarks_ = basis.landmarks
         self.coefficients_ = basis.coefficients(np.linalg.solve(precision, pulled))
 
+    def _familiar(self) -> float:
+        own = np.flatnonzero(self.own_.weight)
+        if not len(own):
+            return 0.0
+        some = own[np.linspace(0, len(own) - 1, min(len(own), _CHOOSE_BY)).astype(np.int64)]
+        _, mass = leave_one_out(
+            self.own_.embeddings, self.own_.residual, self.own_.weight, some,
+            (self.kin_.sharpness,),
+        )  # fmt: skip
+        return float(np.quantile(mass[0], 0.25))
+
     def turn(self) -> None:
         super().turn()
         self._solve()
+        self.familiar_ = self._familiar()
 
     def score(self, prompts: Sequence[str], embeddings: NDArray[np.float32]) -> Floats:
         own = np.empty(len(prompts))
@@ -209,8 +229,14 @@ class GaussianProcessRouter(KNearestRouter):
                 embeddings[block], prompt_features(prompts[block]), self.shape_.feature_scale
             )
             own[block] = kernel(x, self.landmarks_, self.shape_.sharpness) @ self.coefficients_
-        _, mass = self.own_(embeddings)
-        return self._blend(own, mass, embeddings)
+        kin, _ = self.kin_(embeddings)
+        share = np.zeros(len(prompts))  # of kin
+        if self.options.kinship and self.kin_.weight.any():
+            _, mass = replace(self.own_, sharpness=self.kin_.sharpness)(embeddings)
+            share = 1.0 - np.minimum(1.0, mass / max(self.familiar_, _LEAST))
+        gap = (1.0 - share) * own + share * self.options.kinship * kin
+        rate: Floats = np.clip(self.level_ + gap, 0.0, 1.0)
+        return rate
 
     def state(self) -> tuple[Arrays, dict[str, Any]]:
         arrays, doc = super().state()
@@ -219,14 +245,17 @@ class GaussianProcessRouter(KNearestRouter):
             "landmarks": self.landmarks_,
             "coefficients": self.coefficients_,
         }
-        return arrays | own, doc | {"shape": asdict(self.shape_)}
+        return arrays | own, doc | {
+            "shape": asdict(self.shape_),
+            "familiar": self.familiar_,
+        }
 
     def load_state(self, arrays: Mapping[str, NDArray[Any]], doc: dict[str, Any]) -> None:
         super().load_state(arrays, doc)
         self.features_ = arrays["features"]
         self._standardise()
         self.landmarks_, self.coefficients_ = arrays["landmarks"], arrays["coefficients"]
-        self.shape_ = Shape(**doc["shape"])
+        self.shape_, self.familiar_ = Shape(**doc["shape"]), float(doc["familiar"])
 
 
 @dataclass(frozen=True)

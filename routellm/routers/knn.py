@@ -136,16 +136,6 @@ class KNearestRouter(Router):
 
     def score(self, prompts: Sequence[str], embeddings: NDArray[np.float32]) -> NDArray[np.float64]:
         own, mass = self.own_(embeddings)
-        return self._blend(own, mass, embeddings)
-
-    def _blend(
-        self,
-        own: NDArray[np.float64],
-        mass: NDArray[np.float64],
-        embeddings: NDArray[np.float32],
-    ) -> NDArray[np.float64]:
-        """Return win rates (n,): the pair's own gap (n,), with as much weight as its `mass` (n,)
-        of neighbours, and its kin's."""
         kin, _ = self.kin_(embeddings)
         foretold = self.options.kinship * kin
         gap = (mass * own + self.pull_ * foretold) / np.maximum(mass + self.pull_, 1e-300)

@@ -208,16 +208,34 @@ def test_turned_to_another_pair_it_is_that_pairs_process_and_leaves_its_own_alon
     assert router.for_pair(PAIR) is router
 
 
-def test_with_no_standing_of_the_pairs_own_it_says_what_knn_says():
+def test_with_no_standing_of_the_pairs_own_its_kin_decide():
     battles = with_relatives(drawn(200)[0])
     asked, _ = drawn(60, seed=9)
     silent = replace(battles, weight=np.where(battles.model_a == 0, 0.0, 1.0))
-    for data, same in ((silent, True), (battles, False)):
-        scores = [
-            train(kind, data, None, seed=0)[0].score(asked.prompts, asked.embeddings)
-            for kind in ("knn", "gaussian_process")
-        ]
-        assert np.array_equal(*scores) is same
+    router, _ = train("gaussian_process", silent, None, seed=0)
+    kin, _ = router.kin_(asked.embeddings)
+    assert np.ptp(kin) > 0.01
+    score = router.score(asked.prompts, asked.embeddings)
+    np.testing.assert_allclose(score, np.clip(router.level_ + 0.5 * kin, 0, 1), atol=1e-12)
+
+
+def test_kin_are_silent_on_familiar_prompts_and_heard_on_strange_ones():
+    own, _ = drawn(200, dimensions=16)
+    topic = np.zeros((200, 16), np.float32)
+    topic[:, 0] = 3.0  # the pair fought over one topic, its relatives over everything
+    vectors = own.embeddings + topic
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    battles = with_relatives(replace(own, embeddings=vectors.astype(np.float32)))
+    router, _ = train("gaussian_process", battles, None, seed=0)
+    alone = train("gaussian_process", battles, None, seed=0, options=OWN_ONLY)[0]
+
+    def heard(prompts, embeddings):
+        return np.abs(router.score(prompts, embeddings) - alone.score(prompts, embeddings))
+
+    familiar = heard(own.prompts, vectors.astype(np.float32))
+    assert (familiar < 1e-12).mean() >= 0.75
+    strange, _ = drawn(60, seed=9, dimensions=16)
+    assert np.median(heard(strange.prompts, -np.abs(strange.embeddings))) > 0.005
 
 
 def test_without_a_battle_that_counts_it_reports_no_error_and_says_a_half():

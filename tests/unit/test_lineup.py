@@ -10,7 +10,7 @@ from routellm.lineup import MIN_MODEL_BATTLES, Lineup
 from routellm.routers import Pair, TrainingBattles, make_router
 from routellm.training import train
 
-KINDS = ["sw_ranking", "mf", "knn"]
+KINDS = ["sw_ranking", "mf", "knn", "gaussian_process"]
 HARD, EASY = "apple river hard 9", "apple river easy 8"
 
 

@@ -11,7 +11,7 @@ KINDS = [k for k in router_kinds() if k == "random" or router_class(k).reads_emb
 HARD, EASY = "apple river hard 9", "apple river easy 8"
 
 
-@pytest.mark.parametrize("kind", ["sw_ranking", "mf", "knn"])
+@pytest.mark.parametrize("kind", ["sw_ranking", "mf", "knn", "gaussian_process"])
 def test_a_router_learns_which_prompts_need_the_strong_model(kind, planted, encoder):
     router, _ = train(kind, planted, encoder, seed=0)
     hard, easy = router.win_rate([HARD, EASY])
