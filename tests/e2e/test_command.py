@@ -1,5 +1,6 @@
 """The command as a person meets it: a process, its output, its exit status."""
 
+import json
 import subprocess
 import sys
 import time
@@ -32,6 +33,30 @@ def test_a_second_run_with_nothing_new_does_no_work_twice(home):
     assert "nothing new" in done.stderr
     assert "trained before on the same content" in done.stderr
     assert asked(home, "versions") == before
+
+
+def test_what_labels_and_seeds_bring_is_shown_and_done_once(home):
+    before = len(asked(home, "versions"))
+    command = (
+        "--home", home, "retrain", "--source", "simulated://arena?battles=6000",
+        "--routers", "knn,mf", "--seeds", "2", "--compare-augmentation",
+    )  # fmt: skip
+    done = routellm(*command)
+    assert done.returncode == 0, done.stderr
+    assert "What the pair's golden and judge labels bring" in done.stdout
+    assert "APGR over 2 seeds" in done.stdout
+    assert "trial of mf, seed 1" in done.stderr
+    again = routellm(*command, "--json")
+    assert again.returncode == 0, again.stderr
+    assert "trial of" not in again.stderr
+    trials = json.loads(again.stdout)["trials"]
+    assert {(t["kind"], t["augmentation"], t["seed"]) for t in trials} == {
+        (kind, *what)
+        for kind in ("knn", "mf")
+        for what in (("both", 1), ("none", 0), ("golden", 0), ("judge", 0))
+    }
+    assert all(t["evaluations"] for t in trials)
+    assert len(asked(home, "versions")) == before
 
 
 def test_every_verb_answers_on_what_the_run_left(home, tmp_path):
