@@ -312,15 +312,18 @@ def retrain(
         key="retraining",
         table=[
             {
-                "router": m.kind,
-                "version": m.version.version,
+                "router": label,
+                "version": version,
                 "benchmark": f"{name} (SIMULATED)" if e.simulated else name,
                 "APGR": str(e.exact.apgr),
                 "CPT(50)": f"{e.exact.cpt50.value:.3f}",
                 "CPT(80)": f"{e.exact.cpt80.value:.3f}",
             }
-            for m in result.measured
-            for name, e in m.evaluations.items()
+            for label, version, evaluations in (
+                *((m.kind, m.version.version, m.evaluations) for m in result.measured),
+                *((t.label, "", t.evaluations) for t in result.trials),
+            )
+            for name, e in evaluations.items()
         ],
         description=f"Routers on snapshot {manifest.digest[:12]}",
     )

@@ -226,6 +226,8 @@ def flat_metrics(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
             "similarity": one.similarity,
         }
         if one.cost is not None:
+            figures["cost_usd_per_1k_queries_all_strong"] = one.cost.strong
+            figures["cost_usd_per_1k_queries_all_weak"] = one.cost.weak
             for reached in ("cpt50", "cpt80"):
                 cost = getattr(one.cost, f"at_{reached}")
                 figures[f"cost_usd_per_1k_queries_{reached}"] = cost

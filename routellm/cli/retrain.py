@@ -138,6 +138,11 @@ def evaluation_table(
     return table
 
 
+def _measured_on(name: str, one: Evaluation) -> str:
+    similarity = "" if one.similarity is None else f"; {one.similarity:.2f}"
+    return f"{name} {one.n:,} ({one.excluded:,}; {one.perfect_apgr:.3f}{similarity})"
+
+
 def _print_trials(result: Retraining) -> None:
     """Print what trials showed: labels against no labels, and one seed against others."""
     if any(t.augmentation != "both" for t in result.trials):
@@ -172,11 +177,9 @@ def _print(result: Retraining, settings: Settings) -> None:
     out.print(
         "[dim]APGR: random is 0.500. CPTx: least share of strong calls that recovers x % of the "
         "gap. q/s: queries a second in a batch, ms: one query; both with embedding. Prompts "
-        "measured (taken out as possibly seen in training; the perfect order's APGR): "
-        + ", ".join(
-            f"{n} {e.n:,} ({e.excluded:,}; {e.perfect_apgr:.3f})"
-            for n, e in result.measured[0].evaluations.items()
-        )
+        "measured (taken out as possibly seen in training; the perfect order's APGR; similarity "
+        "to the training prompts): "
+        + ", ".join(_measured_on(n, e) for n, e in result.measured[0].evaluations.items())
         + "[/]"
     )
     _print_trials(result)
