@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from routellm import training
+from routellm.calibration import IDENTITY
 from routellm.routers.base import Router
 
 
@@ -44,3 +46,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def train(*args, **options):
+    """Return a router trained as a retraining does, but for its calibration, and the report.
+
+    What a kind itself learns and keeps is asked for before its win rates are mapped.
+    """
+    router, report = training.train(*args, **options)
+    router.platt = IDENTITY
+    return router, report

@@ -10,13 +10,13 @@ import pytest
 
 from routellm.errors import BundleError, TrainingError, UsageError
 from routellm.routers import bert, make_router
-from routellm.training import train
 from tests.conftest import REPOSITORY
 from tests.support.finetuned import (  # noqa: F401  one_thread is a fixture
     Broken,
     one_thread,
     same_bytes,
     stop_at,
+    train,
 )
 from tests.support.tiny_bert import hard_battles, save_tiny_bert
 

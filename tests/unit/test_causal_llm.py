@@ -20,13 +20,13 @@ from routellm.routers.base import cross_entropy
 from routellm.routers.instruction import AFTER, CLOSE
 from routellm.routers.outcomes import OUTCOMES
 from routellm.settings import EmbeddingSettings
-from routellm.training import train
 from tests.conftest import REPOSITORY
 from tests.support.finetuned import (  # noqa: F401  one_thread is a fixture
     Broken,
     one_thread,
     same_bytes,
     stop_at,
+    train,
 )
 from tests.support.tiny_lm import COMMIT, model_hub, rule_battles, rule_prompts, save_tiny_lm
 
