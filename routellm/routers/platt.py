@@ -18,6 +18,8 @@ from routellm.errors import TrainingError
 from routellm.routers.base import Router, TrainingBattles, cross_entropy
 
 MIN_BATTLES = 30
+MAX_BATTLES = 2_000  # are enough for two parameters, and each costs a query
+MAX_PROMPTS = 100_000  # that a second router learns from: more are a copy of what is in memory
 FOLDS = 5
 
 Floats = NDArray[np.float64]
@@ -83,6 +85,9 @@ def calibrated(
         return _not_calibrated(0, str(error))
     counts = battles.weight[held] > 0
     held, preference = held[counts], preference[counts]
+    if len(held) > MAX_BATTLES:
+        some = np.linspace(0, len(held) - 1, MAX_BATTLES).astype(np.int64)
+        held, preference = held[some], preference[some]
     prompts, where = np.unique(battles.prompt[held], return_inverse=True)
     if len(held) < MIN_BATTLES or len(prompts) < FOLDS:
         return _not_calibrated(
@@ -119,10 +124,15 @@ def without_validation(battles: TrainingBattles, rng: np.random.Generator) -> Tr
     """Return the battles, and their prompts, less those kept for validation.
 
     As large a share of the prompts that are left is marked for validation in their place, so that
-    what a kind chooses there it still chooses.
+    what a kind chooses there it still chooses. Of more than `MAX_PROMPTS` prompts, so many are
+    drawn.
     """
-    left = battles.where(~battles.validation)
-    marked = rng.random(len(left.prompts)) < 1.0 - len(left.prompts) / len(battles.prompts)
+    keep = ~battles.validation
+    prompts = np.unique(battles.prompt[keep])
+    if len(prompts) > MAX_PROMPTS:
+        keep &= np.isin(battles.prompt, rng.choice(prompts, MAX_PROMPTS, replace=False))
+    left = battles.where(keep)
+    marked = rng.random(len(left.prompts)) < 1.0 - len(prompts) / len(battles.prompts)
     return replace(left, validation=marked[left.prompt])
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import routellm.routers.platt
 from routellm.bundle import Bundle, golden_predictions, load_bundle, save_bundle
 from routellm.calibration import (
     IDENTITY,
@@ -290,3 +291,16 @@ def test_another_pair_drops_the_map_of_the_trained_one(planted, encoder):
     router.platt = Platt(0.5, 0.25)
     assert router.for_pair(Pair("strong", "other")).platt == IDENTITY
     assert router.platt == Platt(0.5, 0.25)
+
+
+def test_a_second_router_and_its_map_are_fitted_on_bounded_numbers(planted, monkeypatch):
+    monkeypatch.setattr(routellm.routers.platt, "MAX_PROMPTS", 40)
+    left = without_validation(planted, rng())
+    assert len(left.prompts) == 40
+    held = {planted.prompts[i] for i in planted.prompt[planted.validation]}
+    assert not held & set(left.prompts)
+    monkeypatch.setattr(routellm.routers.platt, "MAX_BATTLES", 50)
+    router, _ = train("random", planted, None, seed=0)
+    _, report = calibrated(router, planted, None, rng=rng())
+    assert report.n == 50
+    assert len(planted.pair_validation()[0]) > 50
