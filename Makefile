@@ -22,7 +22,7 @@ test: .venv/.installed  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: .venv/.installed  ## no server, under a minute
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
