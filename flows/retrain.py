@@ -9,7 +9,7 @@ goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,11 @@ def _may_pass(task: Any, run: Any, state: Any) -> bool:
     except Exception:
         return False
     return False
+
+
+def _apgr(found: Mapping[str, Evaluation]) -> str:
+    figures = (f"{name} {one.exact.apgr.value:.3f}" for name, one in found.items())
+    return "APGR " + ", ".join(figures)
 
 
 def _task(**options: Any) -> Any:
@@ -172,9 +177,7 @@ def train(kind: str, plan: Plan, settings: Settings) -> Trained:
 def evaluate(trained: Trained, plan: Plan, settings: Settings) -> dict[str, Evaluation]:
     with step("evaluate") as line:
         found = evaluate_router(trained, plan, settings)
-        line.result = "APGR " + ", ".join(
-            f"{name} {one.exact.apgr.value:.3f}" for name, one in found.items()
-        )
+        line.result = _apgr(found)
     return found
 
 
@@ -205,9 +208,7 @@ def run_one_trial(
 ) -> Trial:
     with step(f"trial of {trial.label}") as line:
         done = run_trial(trial, plan, registry, settings, parent, line.advance)
-        line.result = done.failed or "APGR " + ", ".join(
-            f"{name} {one.exact.apgr.value:.3f}" for name, one in done.evaluations.items()
-        )
+        line.result = done.failed or _apgr(done.evaluations)
     return done
 
 

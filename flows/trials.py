@@ -17,7 +17,6 @@ from flows.work import (
     Plan,
     embedded,
     evaluate_router,
-    kept_figures,
     train_router,
     training_key,
 )
@@ -129,7 +128,7 @@ def run_trial(
         seed=trial.seed,
         training_key=trained.key,
         report=FitReport(**json.loads((trained.folder / "report.json").read_text())),
-        evaluations=kept_figures(trained)[0],
+        evaluations=evaluations,
         simulated=plan.manifest.simulated,
         parent_run_id=parent,
     )

@@ -315,7 +315,7 @@ def evaluate_router(
     """Measure a trained router on every clean benchmark, and its speed; keep the figures."""
     embedded(plan, settings)
     if trained.figures.exists():
-        return kept_figures(trained)[0]
+        return _figures(trained)[0]
     router = load_bundle(trained.bundle, encoder=plan.encoder).router
     evaluations = measure(router, plan, settings)
     measured_speed = {}
@@ -332,7 +332,7 @@ def evaluate_router(
 
 def register_router(trained: Trained, plan: Plan, registry: Registry, parent: str) -> Measured:
     """Register a trained and measured router as a version, once, and clear its folder."""
-    evaluations, measured_speed = kept_figures(trained)
+    evaluations, measured_speed = _figures(trained)
     version = registry.find_trained(trained.key)
     if version is None:
         version = log_version(
@@ -355,7 +355,7 @@ def register_router(trained: Trained, plan: Plan, registry: Registry, parent: st
     )
 
 
-def kept_figures(trained: Trained) -> tuple[dict[str, Evaluation], dict[str, float]]:
+def _figures(trained: Trained) -> tuple[dict[str, Evaluation], dict[str, float]]:
     document = json.loads(trained.figures.read_text())
     found = document["evaluations"].items()
     return {name: Evaluation.from_dict(one) for name, one in found}, document["speed"]

@@ -22,7 +22,7 @@ from pydantic import Field
 from routellm.embeddings.base import Progress
 from routellm.prompt_features import prompt_features, standardised
 from routellm.routers.base import Arrays, FitReport, TrainingBattles
-from routellm.routers.knn import KNearestOptions, KNearestRouter
+from routellm.routers.knn import KNearestOptions, KNearestRouter, spread
 from routellm.standings import leave_one_out, standings
 
 Floats = NDArray[np.float64]
@@ -144,11 +144,11 @@ class GaussianProcessRouter(KNearestRouter):
         for done, (sharpness, scale) in enumerate(grid, 1):
             basis = self._basis(rows, sharpness, scale)
             root = basis(self._inputs(rows, scale)) * root_weight[:, None]  # (n, m)
-            spread, turned = np.linalg.eigh(root.T @ root)
+            values, turned = np.linalg.eigh(root.T @ root)
             root = root @ turned
             pulled = (root_weight * gap) @ root
             for noise in NOISE:
-                inverse = 1.0 / (np.maximum(spread, 0.0) + noise)
+                inverse = 1.0 / (np.maximum(values, 0.0) + noise)
                 leverage = (root**2) @ inverse
                 fitted = (root @ (inverse * pulled)) / root_weight
                 residual = (gap - fitted) / np.maximum(1.0 - leverage, 1e-9)
@@ -181,9 +181,8 @@ class GaussianProcessRouter(KNearestRouter):
         return np.hstack([embeddings.astype(np.float64), scale * shown])
 
     def _basis(self, rows: NDArray[np.int64], sharpness: float, scale: float) -> _Basis:
-        m = min(len(rows), self.options.landmarks)
-        spread = np.unique(np.linspace(0, len(rows) - 1, m).astype(np.int64))
-        return _Basis.on(self._inputs(rows[spread], scale), sharpness)
+        marks = spread(rows, self.options.landmarks)
+        return _Basis.on(self._inputs(marks, scale), sharpness)
 
     def _solve(self) -> None:
         """Set the landmarks and coefficients from the pair's standings."""
@@ -209,9 +208,8 @@ class GaussianProcessRouter(KNearestRouter):
         own = np.flatnonzero(self.own_.weight)
         if not len(own):
             return 0.0
-        some = own[np.linspace(0, len(own) - 1, min(len(own), _CHOOSE_BY)).astype(np.int64)]
         _, mass = leave_one_out(
-            self.own_.embeddings, self.own_.residual, self.own_.weight, some,
+            self.own_.embeddings, self.own_.residual, self.own_.weight, spread(own, _CHOOSE_BY),
             (self.kin_.sharpness,),
         )  # fmt: skip
         return float(np.quantile(mass[0], 0.25))

@@ -123,7 +123,7 @@ class KNearestRouter(Router):
 
     def _pull(self, most: int) -> float:
         """Return `pull_`, by at most so many prompts of the pair's, spread over them."""
-        at = _spread(np.flatnonzero(self.own_.weight), most)
+        at = spread(np.flatnonzero(self.own_.weight), most)
         _, mass = self.own_(self.own_.embeddings[at], left_out=at)
         usual = float(np.median(mass)) if len(mass) else 0.0
         share = self.options.kinship if self.kin_.weight.any() else 0.0
@@ -197,14 +197,14 @@ def _best(
     """Return the best smoother on the rows `judged` (k,), and all squared errors there."""
     if not len(judged):
         return Smoother(embeddings, residual, weight, SHARPNESS[0]), []
-    some = _spread(np.arange(len(judged)), _MAX_LEFT_OUT)
+    some = spread(np.arange(len(judged)), _MAX_LEFT_OUT)
     mean, _ = leave_one_out(embeddings, residual, weight, judged[some], SHARPNESS)
     errors = list((mean - truth[some]) ** 2)
     best = SHARPNESS[int(np.argmin([e.mean() for e in errors]))]
     return Smoother(embeddings, residual, weight, best), errors
 
 
-def _spread(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+def spread(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     """Return at most so many of the rows, evenly spread."""
     if len(rows) <= most:
         return rows
