@@ -54,16 +54,19 @@ _TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
               ("five houses and five owners", "three liars", "a seating plan",
                "overlapping meetings")),
 }  # fmt: skip
-# what a prompt asks on top, easiest first: the words that show its difficulty
+# what a prompt asks on top, easiest first: the words that show its difficulty. Two of a row are
+# asked for, so that hardly two prompts share a long stretch of words (the contamination check
+# would take one for a copy of the other)
 _DEMANDS: tuple[tuple[str, ...], ...] = (
-    ("", "Keep it short.", "One sentence is enough.", "Just the basics, please."),
-    ("Give an example.", "Use simple words.", "List two reasons."),
-    ("Compare two approaches and give their trade-offs.", "Explain each step of your reasoning.",
-     "Cover the common mistakes and how to avoid them."),
-    ("Handle every edge case, justify each design choice and analyse the worst case rigorously.",
-     "Derive it from first principles, state all assumptions and prove that none can be dropped.",
-     "Satisfy all of these constraints at once: formal notation, no external references, a full "
-     "proof, and a counterexample for each relaxed assumption."),
+    ("Keep it short.", "One sentence is enough.", "Just the basics, please.", "No details.",
+     "Plain words will do.", "Off the top of your head."),
+    ("Give an example.", "Use simple words.", "List two reasons.", "Add a summary.",
+     "Say where it matters.", "Name one exception."),
+    ("Compare two approaches.", "Explain each step of your reasoning.", "Weigh the trade-offs.",
+     "Cover the common mistakes.", "Say how to check the result.", "Order them by importance."),
+    ("Handle every edge case.", "Justify each design choice.", "Analyse the worst case rigorously.",
+     "Derive it from first principles.", "State all assumptions formally.",
+     "Prove that none can be dropped.", "Give a counterexample for each relaxed assumption."),
 )  # fmt: skip
 # model: (level, loss of quality per step of difficulty)
 _MODELS: dict[str, tuple[float, float]] = {
@@ -183,8 +186,8 @@ class _World:
             difficulty = int(rng.integers(len(_DEMANDS)))
             starts, things = _TOPICS[topic_names[topic]]
             sentence = f"{rng.choice(starts)} {rng.choice(things)}"
-            extra = f"{rng.choice(_DEMANDS[difficulty])} {rng.choice(_NOTES)}".strip()
-            self.prompts.append(f"{sentence}. {extra} (case {number})")
+            demands = " ".join(rng.choice(_DEMANDS[difficulty], 2, replace=False))
+            self.prompts.append(f"{sentence}. {demands} {rng.choice(_NOTES)} (case {number})")
             self.topics.append(topic_names[topic])
             # what the words do not show: every prompt is a little harder or easier than it reads
             hidden = rng.normal(0.0, 0.7)
