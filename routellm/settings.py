@@ -170,6 +170,77 @@ class EvaluationSettings(_Group):
     )
 
 
+class PromotionSettings(_Group):
+    """What a candidate must show before it takes the champion's place."""
+
+    resamples: int = Field(
+        2000, ge=2000, le=100_000, description="paired bootstrap resamples of each comparison"
+    )
+    confidence: float = Field(
+        0.95, ge=0.5, lt=1, description="of the intervals that comparisons are decided by"
+    )
+    margin: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="APGR that a candidate must surely gain on the primary benchmark",
+    )
+    benchmark_margin: float = Field(
+        0.05, ge=0, le=1, description="APGR that a candidate may lose on another benchmark"
+    )
+    slice_margin: float = Field(
+        0.1, ge=0, le=1, description="APGR that a candidate may lose on a slice of the primary one"
+    )
+    min_slice_prompts: int = Field(
+        400,
+        ge=2,
+        description="fewer prompts of a slice, or of another benchmark, can speak "
+        "against a candidate, but their doubt does not hold it back",
+    )
+    cost_tolerance: float = Field(
+        0.05, ge=0, description="share by which the cost of the champion's quality may rise"
+    )
+    max_latency_ms: float = Field(
+        500.0, gt=0, description="median time of one query in a fresh process, encoder included"
+    )
+    max_calibration_error: float = Field(
+        0.1, gt=0, le=1, description="expected calibration error of the win rates"
+    )
+    max_excluded_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="prompts of a benchmark that may be left out as seen in training",
+    )
+    max_snapshot_age_days: float = Field(
+        30.0, gt=0, description="age of the snapshot that a candidate was trained on"
+    )
+    min_canary_requests: int = Field(
+        500,
+        ge=1,
+        description="requests that a challenger must answer or shadow before its online "
+        "figures count",
+    )
+    max_canary_error_share: float = Field(
+        0.01, ge=0, le=1, description="share of them on which it may fail"
+    )
+    lease_s: float = Field(
+        30.0,
+        gt=0,
+        description="seconds that one move of an alias may take before another process finishes it",
+    )
+    webhook_url: str | None = Field(
+        None, description="address that decisions are posted to, as signed JSON"
+    )
+    webhook_secret: SecretStr | None = Field(
+        None, description="key of the signature (HMAC-SHA256); never logged"
+    )
+    webhook_timeout_s: float = Field(5.0, gt=0, description="seconds to wait for the webhook")
+    webhook_attempts: int = Field(
+        4, ge=1, le=20, description="posts of one decision before giving up"
+    )
+
+
 class Upstream(_Group):
     """One OpenAI-compatible endpoint that answers queries."""
 
@@ -195,6 +266,14 @@ class GatewaySettings(_Group):
         "strong", description="route when there is no router to ask"
     )
     alias: str = Field("champion", description="alias to serve")
+    challenger: Literal["off", "shadow", "canary"] = Field(
+        "off",
+        description="what the challenger does: nothing, be scored beside the champion (shadow), "
+        "or decide for a share of requests (canary)",
+    )
+    canary_fraction: float = Field(
+        0.05, gt=0, le=0.5, description="share of requests that a canary decides for"
+    )
     poll_s: float = Field(2.0, gt=0, description="seconds between looks at the alias")
     timeout_s: float = Field(600.0, gt=0, description="seconds to wait for an upstream")
     max_body_bytes: int = Field(10_000_000, ge=1, description="largest request body accepted")
@@ -236,6 +315,7 @@ class Settings(BaseSettings):
     training: TrainingSettings = TrainingSettings()
     judge: JudgeSettings = JudgeSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    promotion: PromotionSettings = PromotionSettings()
     gateway: GatewaySettings = GatewaySettings()
 
     @model_validator(mode="after")
