@@ -27,9 +27,10 @@ from flows.work import (
     Trained,
     embedded,
     evaluate_router,
+    evaluation_sets,
     find_done,
     kinds_to_train,
-    log_curves,
+    log_plots,
     measured_version,
     named_benchmarks,
     plan_of,
@@ -195,10 +196,11 @@ def register(trained: Trained, plan: Plan, registry: Registry, parent: str) -> M
 
 
 @_task()
-def promote(measured: Sequence[Measured], plan: Plan, registry: Registry) -> Decision:
+def promote(measured: Sequence[Measured], registry: Registry) -> Decision:
     with step("promote") as line:
-        decision = promote_best(measured, plan, registry)
+        decision = promote_best(measured, registry)
         line.result = f"{decision.outcome}: {decision.reason}"
+        line.notes.extend(dict.fromkeys(registry.notices))
     return decision
 
 
@@ -283,14 +285,19 @@ def retrain(
     if missing:
         augment(plan, settings)
         with retraining_run(
-            registry, manifest, docs, plan.label_weights, plan.contamination
+            registry,
+            manifest,
+            docs,
+            plan.label_weights,
+            plan.contamination,
+            evaluation_sets=evaluation_sets(plan),
         ) as parent:
             for kind in missing:
                 trained = train(kind, plan, settings)
                 evaluate(trained, plan, settings)
                 measured.append(register(trained, plan, registry, parent))
-            log_curves(measured, registry)
-    decision = promote(measured, plan, registry) if move_alias else None
+            log_plots(measured, registry)
+    decision = promote(measured, registry) if move_alias else None
     wanted = trials_to_run(kinds, settings, seeds=seeds, augmentations=compare_augmentation)
     trials = _compare(wanted, plan, registry, settings, docs)
     champion = registry.champion()

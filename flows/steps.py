@@ -13,6 +13,7 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 ARTIFACT_EVERY_S = 3.0  # an update is a request to Prefect's server
@@ -68,4 +69,4 @@ def step(name: str) -> Iterator[Step]:
     seconds = time.perf_counter() - started
     console.print(f"[green]✓[/] [bold]{name:<10}[/] {one.result}  [dim]{seconds:.1f} s[/]")
     for note in one.notes:
-        console.print(f"             [yellow]{note}[/]")
+        console.print(Padding(f"[yellow]{note}[/]", (0, 0, 0, 13)))

@@ -129,6 +129,7 @@ def run_trial(
         training_key=trained.key,
         report=FitReport(**json.loads((trained.folder / "report.json").read_text())),
         evaluations=evaluations,
+        primary=plan.primary,
         simulated=plan.manifest.simulated,
         parent_run_id=parent,
     )

@@ -7,15 +7,24 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from registry import Decision, Gate, GateInput, Registry, VersionInfo
-from registry.judge import gate_input
+from flows.announce import announce
+from registry import Decision, Gate, Registry, VersionInfo
+from registry.evidence import gather
+from registry.figures import log_pareto, mean_apgr
 from registry.log import log_version
+from registry.online import forget_deleted
+from registry.predictions import (
+    evaluation_set,
+    predictions_table,
+    read_predictions,
+    write_table,
+)
 from routellm import __version__, training
 from routellm.bundle import Bundle, content_key, golden_predictions, load_bundle, save_bundle
 from routellm.calibration import Calibration
@@ -271,6 +280,10 @@ class Trained:
     def figures(self) -> Path:
         return self.folder / "figures.json"
 
+    @property
+    def predictions(self) -> Path:
+        return self.folder / "predictions"
+
 
 def train_router(
     kind: str, plan: Plan, settings: Settings, progress: Progress | None = None
@@ -317,7 +330,14 @@ def evaluate_router(
     if trained.figures.exists():
         return _figures(trained)[0]
     router = load_bundle(trained.bundle, encoder=plan.encoder).router
-    evaluations = measure(router, plan, settings)
+    rates = {
+        name: router.rates(clean.benchmark.prompts, clean.embeddings)
+        for name, clean in plan.clean.items()
+    }
+    evaluations = measure(rates, plan, settings)
+    for name, clean in plan.clean.items():
+        table = predictions_table(clean.benchmark, plan.pair, rates[name])
+        write_table(table, trained.predictions / f"{name}.parquet")
     measured_speed = {}
     if with_speed:
         queries_per_s, latency_ms = speed(router, plan.clean[plan.primary].benchmark.prompts)
@@ -344,6 +364,11 @@ def register_router(trained: Trained, plan: Plan, registry: Registry, parent: st
             training_key=trained.key,
             speed=measured_speed,
             parent_run_id=parent,
+            predictions={
+                name: read_predictions(trained.predictions / f"{name}.parquet")
+                for name in evaluations
+            },
+            primary=plan.primary,
         )
     shutil.rmtree(trained.folder, ignore_errors=True)
     return Measured(
@@ -382,12 +407,14 @@ def kinds_to_train(plan: Plan, settings: Settings) -> tuple[tuple[str, ...], dic
     return tuple(k for k in kinds if k not in skipped), skipped
 
 
-def measure(router: Router, plan: Plan, settings: Settings) -> dict[str, Evaluation]:
-    """Measure a router on every clean benchmark."""
+def measure(
+    rates: Mapping[str, np.ndarray[Any, Any]], plan: Plan, settings: Settings
+) -> dict[str, Evaluation]:
+    """Measure win rates (n,) on every clean benchmark, held-out battles last."""
     out = {}
     for name, clean in sorted(plan.clean.items(), key=lambda item: item[0] == "heldout"):
         out[name] = evaluate(
-            router.rates(clean.benchmark.prompts, clean.embeddings),
+            rates[name],
             clean.benchmark,
             plan.pair,
             rng=np.random.default_rng(settings.training.seed),
@@ -399,6 +426,11 @@ def measure(router: Router, plan: Plan, settings: Settings) -> dict[str, Evaluat
             ),
         )
     return out
+
+
+def evaluation_sets(plan: Plan) -> dict[str, Any]:
+    """Return the clean benchmarks as the tables that later versions' rivals are measured on."""
+    return {name: evaluation_set(clean.benchmark) for name, clean in plan.clean.items()}
 
 
 def speed(router: Router, prompts: Sequence[str]) -> tuple[float, float]:
@@ -424,59 +456,58 @@ def speed(router: Router, prompts: Sequence[str]) -> tuple[float, float]:
         router.encoder = cached
 
 
-def log_curves(measured: Sequence[Measured], registry: Registry) -> None:
-    """Log one curve plot per benchmark on the open run."""
+def log_plots(measured: Sequence[Measured], registry: Registry) -> None:
+    """Log on the open run, for each benchmark, the routers' curves and what quality costs."""
     import mlflow
 
     for name in measured[0].evaluations:
-        figure = plot_curves({m.kind: m.evaluations[name] for m in measured})
-        mlflow.log_figure(figure, f"curves/{name}.png")
+        by_kind = {m.kind: m.evaluations[name] for m in measured}
+        mlflow.log_figure(plot_curves(by_kind), f"curves/{name}.png")
+        log_pareto(by_kind)
 
 
-def promote_best(measured: Sequence[Measured], plan: Plan, registry: Registry) -> Decision:
+def promote_best(measured: Sequence[Measured], registry: Registry) -> Decision:
     """Let the gate judge the best router of this retraining, and move the alias if it may.
 
     The best is the one with the highest mean APGR over the benchmarks; the gate then holds it
-    against the champion on the primary one.
+    against the champion on the same prompts. `registry.notices` says what a killed promotion had
+    left and was mended, and who could not be told.
     """
-    best = max((m for m in measured if m.kind != "random"), key=mean_apgr, default=None)
+    routers = (m for m in measured if m.kind != "random")
+    best = max(routers, key=lambda m: mean_apgr(m.evaluations), default=None)
     if best is None:
         return Decision("reject", "only the random router was trained: there is nothing to promote")
-    candidate = gate_input(best.version, best.evaluations[plan.primary])
+    registry.repair()
+    forget_deleted(registry.settings, [v.version for v in registry.versions()])
     champion = registry.champion()
-    judged: GateInput | None = None
-    if champion is not None:
-        known = registry.evaluations(champion)
-        judged = gate_input(champion, known.get(plan.primary) or next(iter(known.values())))
-    decision = Gate().decide(judged, candidate)
-    if decision.outcome == "inconclusive" and champion is not None and plan.clean:
-        judged = gate_input(champion, _again(champion, best, plan, registry))
-        decision = Gate().decide(judged, candidate)
+    before = _decided(registry, champion, best.version)
+    if before is not None:
+        return before
+    decision = Gate(registry.settings).decide(gather(registry, champion, best.version))
     if decision.outcome == "promote":
         registry.promote(best.version, decision, expected=champion.version if champion else None)
-    elif decision.outcome == "inconclusive":
-        registry.set_challenger(best.version)
+    else:
+        registry.record(best.version, decision)
+    registry.notices.extend(announce(registry.settings, registry.history()[-1]))
     return decision
 
 
-def mean_apgr(measured: Measured) -> float:
-    """Return the mean APGR over benchmarks, by which a retraining chooses its candidate.
+def _decided(
+    registry: Registry, champion: VersionInfo | None, candidate: VersionInfo
+) -> Decision | None:
+    """Return what needs no gate: it is champion already, or was rejected against this champion.
 
-    Held-out battles count only where there is no benchmark: they are few.
+    A verdict that was inconclusive is sought again: there may be more evidence now.
     """
-    figures = {n: e.exact.apgr.value for n, e in measured.evaluations.items()}
-    tables = [value for name, value in figures.items() if name != "heldout"]
-    return statistics.fmean(tables or figures.values())
-
-
-def _again(champion: VersionInfo, best: Measured, plan: Plan, registry: Registry) -> Evaluation:
-    """Measure the champion on the prompts that the candidate was measured on."""
-    clean = plan.clean[plan.primary]
-    router = registry.bundle(champion, cache_path=registry.settings.embeddings_path).router
-    return evaluate(
-        router.win_rate(clean.benchmark.prompts),
-        clean.benchmark,
-        plan.pair,
-        rng=np.random.default_rng(0),
-        resamples=registry.settings.evaluation.bootstrap,
-    )
+    if champion is None:
+        return None
+    if champion.version == candidate.version:
+        return Decision("reject", f"version {champion.version} is the champion")
+    for entry in reversed(registry.history()):
+        if entry.version != candidate.version or entry.decision is None:
+            continue
+        if entry.action == "reject" and entry.from_ == champion.version:
+            said = Decision.from_dict(dict(entry.decision))
+            return replace(said, reason=f"{said.reason} (decided before, at {entry.at})")
+        return None
+    return None

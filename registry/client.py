@@ -1,35 +1,33 @@
 """The registry: versions of the router, the aliases that point at them, and who moved them.
 
-Only this module moves an alias. A move takes a file lock, looks again at where the alias points,
-sets ``previous`` before ``champion`` (readers never see no champion), and is written down in the
-registered model's tags and in ``history.jsonl``.
+This module reads; `registry.moves` moves aliases, and nothing else does; `registry.history` keeps
+what was decided and moved.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import getpass
-import json
 import logging
 import os
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from registry import moves, promotion
+from registry.calls import patient, said
+from registry.chain import History
 from registry.gate import Decision
+from registry.history import CHAMPION, Entry, replay, serving_at
+from registry.moves import Smoke
 from routellm.bundle import Bundle, load_bundle
-from routellm.errors import RegistryError, UsageError
+from routellm.errors import UsageError
 from routellm.evaluation.evaluate import Evaluation
 from routellm.gateway.source import VersionRef
 from routellm.settings import Settings
 
-CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
-_STATE_TAG = "routellm.champion"  # JSON: the decision in force, and the versions before it
-_KEPT = 50  # versions a rollback can go back through
+_said = said  # the name that registry.log knows it by
 
 
 @dataclass(frozen=True)
@@ -55,16 +53,34 @@ class Registry:
         self.settings = settings
         self.client = client
         self.model = settings.model
+        self.entries = History(settings, client)
+
+    @property
+    def notices(self) -> list[str]:
+        """What whoever asked for a move should be told: what was mended, what failed."""
+        return self.entries.notices
 
     # --- reading ---------------------------------------------------------------------------
 
     def versions(self) -> list[VersionInfo]:
         """Return all versions, newest first."""
-        with _said(self.settings):
-            aliases: dict[str, list[str]] = {}
-            for alias, version in self._aliases().items():
-                aliases.setdefault(str(version), []).append(alias)
-            found = self.client.search_model_versions(f"name='{self.model}'", max_results=1000)
+        aliases: dict[str, list[str]] = {}
+        for alias, version in self.aliases().items():
+            aliases.setdefault(version, []).append(alias)
+        found: list[Any] = []
+        token: str | None = ""
+        while token is not None:
+            page = patient(
+                self.settings,
+                partial(
+                    self.client.search_model_versions,
+                    f"name='{self.model}'",
+                    max_results=1000,
+                    page_token=token or None,
+                ),
+            )
+            found += page
+            token = page.token or None
         infos = [_info(v, tuple(sorted(aliases.get(str(v.version), [])))) for v in found]
         return sorted(infos, key=lambda v: -int(v.version))
 
@@ -76,7 +92,7 @@ class Registry:
         UsageError
             If there is none.
         """
-        number = self._aliases().get(name, name)
+        number = self.aliases().get(name, name)
         for one in self.versions():
             if one.version == str(number):
                 return one
@@ -85,15 +101,13 @@ class Registry:
 
     def champion(self) -> VersionInfo | None:
         """Return the version that gateways serve, or None."""
-        number = self._aliases().get(CHAMPION)
+        number = self.aliases().get(CHAMPION)
         return self.get(str(number)) if number is not None else None
 
-    def state(self) -> dict[str, Any]:
-        """Return the decision in force: ``version, at, by, why, before`` (versions before it)."""
-        with _said(self.settings):
-            model = self._registered_model()
-        raw = model.tags.get(_STATE_TAG) if model is not None else None
-        return dict(json.loads(raw)) if raw else {}
+    def aliases(self) -> dict[str, str]:
+        """Return what each alias points at: alias -> version."""
+        model = patient(self.settings, self._registered_model)
+        return {k: str(v) for k, v in model.aliases.items()} if model is not None else {}
 
     def find_trained(self, training_key: str) -> VersionInfo | None:
         """Return the version that this very work made before, or None."""
@@ -149,12 +163,51 @@ class Registry:
             folder = mlflow.artifacts.download_artifacts(f"models:/{self.model}/{version.version}")
         return load_bundle(Path(folder) / "artifacts" / "bundle", cache_path=cache_path)
 
-    def history(self) -> list[dict[str, Any]]:
-        """Return every alias move made from this home, oldest first."""
-        path = self.settings.home / "history.jsonl"
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    # --- the history -----------------------------------------------------------------------
+
+    def history(self) -> list[Entry]:
+        """Return every decision and move, oldest first, verified.
+
+        Raises
+        ------
+        RegistryError
+            If an entry was edited, taken out or cut off.
+        """
+        return list(self.entries.read().entries)
+
+    def state(self) -> dict[str, Any]:
+        """Return the decision in force: ``version, at, by, why, before`` (versions before it).
+
+        Empty if there has been no champion. A move that is not finished counts once the alias
+        points where it leads.
+        """
+        entries = self.entries.read().entries
+        if entries and not entries[-1].applied:
+            moved = CHAMPION in entries[-1].aliases
+            if not moved or self.aliases().get(CHAMPION) != entries[-1].to:
+                entries = entries[:-1]
+        standing = replay(entries)
+        made = standing.entry
+        if made is None:
+            return {}
+        return {
+            "version": standing.champion,
+            "at": made.since,
+            "by": made.by,
+            "why": made.reason,
+            "before": list(standing.before),
+        }
+
+    def serving_at(self, when: datetime) -> Entry | None:
+        """Return the entry whose ``to`` was champion at a time, or None if there was none yet.
+
+        A time that names no zone is local.
+        """
+        return serving_at(self.history(), when)
+
+    def unsettled(self) -> str | None:
+        """Return in words what a move would mend first, or None; it changes nothing."""
+        return moves.unsettled(self)
 
     # --- moving aliases --------------------------------------------------------------------
 
@@ -165,8 +218,9 @@ class Registry:
         *,
         force_reason: str | None = None,
         expected: str | None = None,
-    ) -> None:
-        """Make a version champion.
+        smoke: Smoke | None = None,
+    ) -> Entry:
+        """Make a version champion, check that it works, and go back if it does not.
 
         Parameters
         ----------
@@ -175,100 +229,67 @@ class Registry:
         expected : str, optional
             The champion's version that the decision was made against; if another took its place
             in the meantime, nothing is moved.
+        smoke : Callable, optional
+            Given a model URI, returns None or why it does not work; by default the version is
+            loaded and asked in a clean process (`registry.smoke`).
 
         Raises
         ------
         UsageError
-            If the decision is not to promote and no reason to force is given.
+            If the decision is not to promote and no reason to force is given, or the version is
+            champion already or was deleted.
         RegistryError
-            If the champion changed since the decision.
+            If the champion changed since the decision, MLflow does not answer, or the version
+            failed its smoke check; the message says who is champion.
         """
-        if force_reason is None and (decision is None or decision.outcome != "promote"):
-            why = decision.reason if decision else "no gate has looked at it"
-            raise UsageError(
-                f"version {version.version} was not promoted: {why}; to promote it all the same, "
-                "give --force --reason"
-            )
-        why = f"forced: {force_reason}"
-        if force_reason is None and decision is not None:
-            why = decision.reason
-        with self._lock():
-            now = self._aliases().get(CHAMPION)
-            if force_reason is None and str(now or "") != str(expected or ""):
-                raise RegistryError(
-                    f"the champion moved from {expected or 'none'} to {now or 'none'} while "
-                    f"version {version.version} was being judged: promote it again"
-                )
-            if str(now) == version.version:
-                raise UsageError(f"version {version.version} is the champion already")
-            before = [b for b in self.state().get("before", []) if b != version.version]
-            if now is not None:
-                before = [str(now), *before][:_KEPT]
-            self._move(version.version, before, why, decision)
+        return promotion.promote(
+            self, version, decision, force_reason=force_reason, expected=expected, smoke=smoke
+        )
 
-    def rollback(self, to: str | None = None) -> VersionInfo:
+    def rollback(self, to: str | None = None, *, smoke: Smoke | None = None) -> VersionInfo:
         """Take the champion back to where it was (or to version `to`), without a gate.
 
         Raises
         ------
         UsageError
-            If there is nothing to go back to.
+            If there is nothing to go back to, or it was deleted.
+        RegistryError
+            As `promote`.
         """
-        with self._lock():
-            before = [str(b) for b in self.state().get("before", [])]
-            if to is not None:
-                target = self.get(to).version
-                now = self.champion()
-                if now is not None and now.version == target:
-                    raise UsageError(f"version {target} is the champion already")
-            elif before:
-                target = before[0]
-            else:
-                raise UsageError(
-                    f"nothing to roll back to: {self.model} has had no champion before this one; "
-                    "name a version with --to"
-                )
-            info = self.get(target)
-            rest = before[before.index(target) + 1 :] if target in before else before
-            self._move(target, rest, "rollback", None)
-            return info
+        entry = promotion.rollback(self, to, smoke=smoke)
+        return self.get(str(entry.to))
 
-    def set_challenger(self, version: VersionInfo) -> None:
+    def set_challenger(self, version: VersionInfo) -> Entry:
         """Put a version in line."""
-        with self._lock(), _said(self.settings):
-            self.client.set_registered_model_alias(self.model, CHALLENGER, version.version)
+        return promotion.set_challenger(self, version)
 
-    def _move(self, to: str, before: list[str], why: str, decision: Decision | None) -> None:
-        now = self._aliases().get(CHAMPION)
-        entry = {
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "by": os.environ.get("ROUTELLM_USER") or getpass.getuser(),
-            "from": None if now is None else str(now),
-            "to": to,
-            "why": why,
-            "decision": decision.to_dict() if decision else None,
-        }
-        state = {"version": to, "at": entry["at"], "by": entry["by"], "why": why, "before": before}
-        with _said(self.settings):
-            if before:
-                self.client.set_registered_model_alias(self.model, PREVIOUS, before[0])
-            elif PREVIOUS in self._aliases():
-                self.client.delete_registered_model_alias(self.model, PREVIOUS)
-            self.client.set_registered_model_alias(self.model, CHAMPION, to)
-            self.client.set_registered_model_tag(self.model, _STATE_TAG, json.dumps(state))
-            if self._aliases().get(CHALLENGER) == to:
-                self.client.delete_registered_model_alias(self.model, CHALLENGER)
-        path = self.settings.home / "history.jsonl"
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def record(self, version: VersionInfo, decision: Decision) -> Entry:
+        """Write down that a version was not promoted.
+
+        One whose verdict is inconclusive is put in line; one that was in line and is rejected
+        leaves it.
+        """
+        return promotion.record(self, version, decision)
+
+    def repair(self, *, smoke: Smoke | None = None) -> str | None:
+        """Finish what was cut short, write down what others moved; returns in words what, or None.
+
+        Every move does this first.
+        """
+        return moves.repair(self, smoke)
+
+    def smoke(self, uri: str) -> str | None:
+        """Load a version in a clean process and ask it; returns why it does not work, or None."""
+        from registry.smoke import smoke
+
+        found = smoke(self.settings, uri)
+        return None if found.ok else found.why or "it gave no reason"
 
     # --- for the gateway -------------------------------------------------------------------
 
     def current(self) -> VersionRef | None:
         """Return what the gateway's alias points at now, or None (a `RouterSource`)."""
-        number = self._aliases().get(self.settings.gateway.alias)
+        number = self.aliases().get(self.settings.gateway.alias)
         return None if number is None else VersionRef(self.model, str(number))
 
     def load(self, ref: VersionRef) -> Bundle:
@@ -286,18 +307,6 @@ class Registry:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
             raise
-
-    def _aliases(self) -> dict[str, str]:
-        with _said(self.settings):
-            model = self._registered_model()
-        return {k: str(v) for k, v in model.aliases.items()} if model is not None else {}
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        self.settings.home.mkdir(parents=True, exist_ok=True)
-        with (self.settings.home / "promotion.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
 
 def connect(settings: Settings) -> Registry:
@@ -354,25 +363,3 @@ def _info(version: Any, aliases: tuple[str, ...]) -> VersionInfo:
         created_at=created.isoformat(timespec="seconds"),
         tags=dict(version.tags),
     )
-
-
-@contextlib.contextmanager
-def _said(settings: Settings) -> Iterator[None]:
-    """Turn what MLflow raises into one sentence."""
-    from mlflow.exceptions import MlflowException
-    from requests.exceptions import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RegistryError(
-            f"MLflow at {_redacted(settings.resolved_tracking_uri)} did not do what was asked "
-            f"({_redacted(first)[:200]}): check that it runs and that `tracking_uri` is right"
-        ) from error
-
-
-def _redacted(text: str) -> str:
-    """Return text with the user and password of every address in it hidden."""
-    return re.sub(r"//[^@/\s]*@", "//***@", text)

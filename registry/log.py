@@ -10,8 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from registry.card import model_card
-from registry.client import Registry, VersionInfo, _said
+import pyarrow as pa
+
+from registry import view
+from registry.calls import said
+from registry.card import model_card, summary
+from registry.client import Registry, VersionInfo
+from registry.datasets import log_evaluation_counts, log_evaluation_set, log_snapshot
+from registry.figures import log_figures, slice_table
+from registry.predictions import EVALUATION_SETS, PREDICTIONS, about, write_table
 from routellm import __version__
 from routellm.bundle import Bundle, save_bundle
 from routellm.evaluation.contamination import Contamination
@@ -32,25 +39,39 @@ def retraining_run(
     contamination: Contamination | None = None,
     *,
     what: str = "retrain",
+    evaluation_sets: Mapping[str, pa.Table] | None = None,
 ) -> Iterator[str]:
     """Open the parent run of one retraining (or what else it is called); yields its id.
 
     It shows what the snapshot was held to (``validation.json`` as a table), links the Data Docs
-    in its description, and lists the prompts left out because training and evaluation share them
-    (``contamination.json``, by digests).
+    in its description, lists the prompts left out because training and evaluation share them
+    (``contamination.json``, by digests), keeps what routers are measured on
+    (``evaluation_sets/<benchmark>.parquet``), and samples the machine while they are trained.
     """
     import mlflow
 
     label = f"{what} {manifest.digest[:12]}"
-    with _said(registry.settings), mlflow.start_run(run_name=label) as run:
-        tags = {"snapshot": manifest.digest, "simulated": str(manifest.simulated).lower()}
-        told = f"Snapshot `{manifest.digest[:12]}`, {manifest.rows:,} battles."
+    with (
+        said(registry.settings),
+        mlflow.start_run(run_name=label, log_system_metrics=True) as run,
+    ):
+        tags = {
+            "role": what,
+            "snapshot": manifest.digest,
+            "simulated": str(manifest.simulated).lower(),
+        }
+        told = f"Snapshot `{manifest.digest[:12]}`, {manifest.rows:,} battles"
+        told += " (**SIMULATED**)." if manifest.simulated else "."
         if data_docs is not None:
             uri = data_docs.resolve().as_uri()
             tags["data_docs"] = uri
             told += f" What it was held to: [Data Docs]({uri}), or the artifact `validation.json`."
+        here = view.address(run.info.experiment_id)
+        told += f" Its routers are the runs inside it: [compare them]({here})."
         mlflow.set_tags({**tags, "mlflow.note.content": told})
         mlflow.log_params({f"label_weight.{kind}": w for kind, w in (label_weights or {}).items()})
+        log_snapshot(manifest)
+        _log_evaluation_sets(evaluation_sets or {}, run.info.run_id)
         rules = manifest.validation["rules"]
         if rules:
             columns = {name: [rule[name] for rule in rules] for name in rules[0]}
@@ -58,6 +79,37 @@ def retraining_run(
         if contamination is not None:
             _log_contamination(contamination, registry.settings.evaluation)
         yield run.info.run_id
+        _sample_machine(run.info.run_id)
+
+
+def _log_evaluation_sets(evaluation_sets: Mapping[str, pa.Table], run_id: str) -> None:
+    _log_tables(evaluation_sets, EVALUATION_SETS)
+    for name, table in evaluation_sets.items():
+        told = about(table)
+        counts = {"num_rows": len(table), **{k: told[k] for k in ("excluded", "simulated")}}
+        log_evaluation_counts(name, told["benchmark_digest"], counts, run_id)
+
+
+def _log_tables(tables: Mapping[str, pa.Table], folder: str) -> None:
+    """Log Parquet tables on the open run, each as ``<folder>/<name>.parquet``."""
+    import mlflow
+
+    if not tables:
+        return
+    with tempfile.TemporaryDirectory() as local:
+        for name, table in tables.items():
+            write_table(table, Path(local) / f"{name}.parquet")
+        mlflow.log_artifacts(local, folder)
+
+
+def _sample_machine(run_id: str) -> None:
+    """Take one last sample of the machine: a run shorter than MLflow's interval has no other."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    last = SystemMetricsMonitor(run_id, resume_logging=True)
+    last.collect_metrics()
+    last.publish_metrics(last.aggregate_metrics())
+    last.mlflow_logger.flush()
 
 
 def _log_contamination(contamination: Contamination, settings: EvaluationSettings) -> None:
@@ -91,8 +143,19 @@ def log_version(
     training_key: str,
     speed: Mapping[str, float],
     parent_run_id: str,
+    predictions: Mapping[str, pa.Table] | None = None,
+    primary: str | None = None,
 ) -> VersionInfo:
     """Log a router in a child run, then register it: the version is the last thing made.
+
+    Parameters
+    ----------
+    predictions : dict of pyarrow.Table, optional
+        By benchmark, what the router answered prompt by prompt
+        (`registry.predictions.predictions_table`): logged as ``predictions/<benchmark>.parquet``,
+        and by slices in the table ``slices.json``.
+    primary : str, optional
+        The benchmark that ``cost_usd_per_1k_queries`` is of; by default the widest.
 
     Raises
     ------
@@ -103,12 +166,19 @@ def log_version(
     import pandas as pd
     from mlflow.models import infer_signature
 
-    with _said(registry.settings), tempfile.TemporaryDirectory() as folder:
+    with said(registry.settings), tempfile.TemporaryDirectory() as folder:
         save_bundle(bundle, Path(folder) / "bundle")
         with mlflow.start_run(
             run_name=bundle.kind, nested=True, parent_run_id=parent_run_id
         ) as run:
-            mlflow.set_tags({"kind": bundle.kind, "simulated": str(bundle.simulated).lower()})
+            mlflow.set_tags(
+                {
+                    "role": "version",
+                    "kind": bundle.kind,
+                    "simulated": str(bundle.simulated).lower(),
+                    "mlflow.note.content": summary(bundle, manifest),
+                }
+            )
             mlflow.log_params(
                 {
                     "kind": bundle.kind,
@@ -119,11 +189,14 @@ def log_version(
                     **report.params,
                 }
             )
-            with warnings.catch_warnings():  # counts have no missing values
-                warnings.simplefilter("ignore", UserWarning)
-                mlflow.log_input(_dataset(manifest), context="training")
+            log_snapshot(manifest)
+            for one in evaluations.values():
+                log_evaluation_set(one, parent_run_id)
             mlflow.log_metrics(speed)
-            _log_figures(report, evaluations)
+            log_figures(report, evaluations, primary)
+            _log_tables(predictions or {}, PREDICTIONS)
+            if predictions:
+                mlflow.log_table(slice_table(predictions), "slices.json")
             example = pd.DataFrame({"prompt": [p for p, _ in bundle.golden[:2]]})
             answer = pd.DataFrame({"win_rate": [0.5], "route": ["strong"]})
             with warnings.catch_warnings():
@@ -143,7 +216,8 @@ def log_version(
             registry.model,
             source=logged.model_uri,
             run_id=run.info.run_id,
-            description=model_card(bundle, evaluations, manifest, registry.model, report),
+            model_id=logged.model_id,  # a server refuses a source that it cannot tell whose it is
+            description=model_card(bundle, evaluations, manifest, registry.model, report, primary),
             tags={
                 "kind": bundle.kind,
                 "training_key": training_key,
@@ -151,7 +225,16 @@ def log_version(
                 "simulated": str(bundle.simulated).lower(),
                 "strong": bundle.pair.strong,
                 "weak": bundle.pair.weak,
+                "snapshot_created_at": manifest.created_at,
+                "snapshot_validated": str(bool(manifest.validation.get("passed"))).lower(),
             },
+        )
+        view.name_run(registry.client, run.info.run_id, bundle.kind, int(version.version))
+        view.show(
+            registry.client,
+            run.info.experiment_id,
+            evaluations,
+            priced=any(one.cost for one in evaluations.values()),
         )
     return registry.get(str(version.version))
 
@@ -167,17 +250,19 @@ def log_trial(
     evaluations: Mapping[str, Evaluation],
     simulated: bool,
     parent_run_id: str,
+    primary: str | None = None,
 ) -> None:
     """Log a router that was trained to be compared: a child run, and no version."""
     import mlflow
 
     label = f"{kind}, labels {augmentation}, seed {seed}"
     with (
-        _said(registry.settings),
+        said(registry.settings),
         mlflow.start_run(run_name=label, nested=True, parent_run_id=parent_run_id),
     ):
         mlflow.set_tags(
             {
+                "role": "trial",
                 "kind": kind,
                 "trial": "true",
                 "augmentation": augmentation,
@@ -187,65 +272,4 @@ def log_trial(
         )
         mlflow.log_params({"augmentation": augmentation, "training_seed": seed, "kind": kind})
         mlflow.log_params(report.params)
-        _log_figures(report, evaluations)
-
-
-def _log_figures(report: FitReport, evaluations: Mapping[str, Evaluation]) -> None:
-    """Log on the open run what training and measuring gave: metrics, curves, and all of it."""
-    import mlflow
-
-    mlflow.log_metrics({**flat_metrics(evaluations), **report.metrics})
-    for name, values in report.history.items():
-        for step, value in enumerate(values, 1):
-            mlflow.log_metric(name, value, step=step)
-    for name, one in evaluations.items():
-        for percent in range(0, 101, 2):
-            mlflow.log_metric(f"{name}.pgr", one.pgr_by_percent[percent], step=percent)
-    mlflow.log_dict({name: one.to_dict() for name, one in evaluations.items()}, "evaluations.json")
-
-
-def flat_metrics(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
-    """Return evaluations as flat metric names, the same on every run."""
-    out: dict[str, float] = {}
-    for name, one in evaluations.items():
-        figures: dict[str, Any] = {
-            "apgr": one.exact.apgr.value,
-            "apgr_low": one.exact.apgr.low,
-            "apgr_high": one.exact.apgr.high,
-            "cpt20": one.exact.cpt20.value,
-            "cpt50": one.exact.cpt50.value,
-            "cpt80": one.exact.cpt80.value,
-            "paper_apgr": one.paper.apgr.value,
-            "paper_cpt50": one.paper.cpt50.value,
-            "paper_cpt80": one.paper.cpt80.value,
-            "auc": one.auc.value,
-            "n": one.n,
-            "excluded": one.excluded,
-            "perfect_apgr": one.perfect_apgr,
-            "random_apgr": 0.5,
-            "similarity": one.similarity,
-        }
-        if one.cost is not None:
-            figures["cost_usd_per_1k_queries_all_strong"] = one.cost.strong
-            figures["cost_usd_per_1k_queries_all_weak"] = one.cost.weak
-            for reached in ("cpt50", "cpt80"):
-                cost = getattr(one.cost, f"at_{reached}")
-                figures[f"cost_usd_per_1k_queries_{reached}"] = cost
-                figures[f"saved_{reached}"] = one.cost.saved(cost)
-        out |= {f"{name}.{k}": float(v) for k, v in figures.items() if v is not None}
-    return out
-
-
-def _dataset(manifest: Manifest) -> Any:
-    """Return the snapshot as an MLflow dataset: its counts, and its digest as identity."""
-    import pandas as pd
-    from mlflow.data.pandas_dataset import from_pandas
-
-    counts = pd.DataFrame(
-        [
-            {"by": by, "name": name, "battles": n}
-            for by in ("label_kind", "source", "winner")
-            for name, n in getattr(manifest, f"by_{by}").items()
-        ]
-    )
-    return from_pandas(counts, name=f"snapshot-{manifest.digest[:12]}", digest=manifest.digest[:36])
+        log_figures(report, evaluations, primary)

@@ -11,10 +11,24 @@ from routellm.cli.context import load_settings, out, print_json, registry_of, se
 from routellm.cli.judge import EXAMPLE as JUDGE_EXAMPLE
 from routellm.cli.judge import judge
 from routellm.cli.options import Benchmarks, Json
+from routellm.cli.promotion import (
+    COMPARE,
+    HISTORY,
+    PROMOTE,
+    ROLLBACK,
+    VERSIONS,
+    champion_doc,
+    compare,
+    history,
+    promote,
+    rollback,
+    versions,
+)
 from routellm.cli.routing import CALIBRATE, EVALUATE, ROUTE, calibrate, evaluate, route
 from routellm.errors import UsageError
 
 if TYPE_CHECKING:
+    from registry import Registry
     from routellm.settings import Settings
     from routellm.snapshots import Manifest, SnapshotStore
 
@@ -200,110 +214,11 @@ def retrain(
 app.command(epilog=EVALUATE)(evaluate)
 
 
-@app.command(epilog="Example: routellm versions")
-def versions(json: Json = False) -> None:
-    """List registered versions, newest first."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    found = registry_of(load_settings()).versions()
-    if json:
-        print_json([vars(v) for v in found])
-        return
-    pairs = {(v.tags.get("strong", "?"), v.tags.get("weak", "?")) for v in found}
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("version", "kind", "aliases", "created (UTC)", "snapshot"):
-        table.add_column(column, no_wrap=True)
-    if len(pairs) > 1:
-        table.add_column("pair")
-    for v in found:
-        kind = f"{v.kind} [yellow]SIMULATED[/]" if v.simulated else v.kind
-        cells = [
-            v.version,
-            kind,
-            f"[bold green]{', '.join(v.aliases)}[/]" if v.aliases else "",
-            v.created_at[:16].replace("T", " "),
-            v.tags.get("snapshot", "")[:12],
-        ]
-        if len(pairs) > 1:
-            cells.append(f"{v.tags.get('strong', '?')} / {v.tags.get('weak', '?')}")
-        table.add_row(*cells)
-    out.print(table)
-    if len(pairs) == 1:
-        (pair,) = pairs
-        out.print(f"[dim]all of them route between {pair[0]} and {pair[1]}[/]", soft_wrap=True)
-
-
-@app.command(epilog="Example: routellm compare champion previous")
-def compare(a: str, b: str, json: Json = False) -> None:
-    """Put two versions' figures side by side."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    registry = registry_of(load_settings())
-    infos = [registry.get(name) for name in (a, b)]
-    metrics = [registry.run_metrics(info) for info in infos]
-    names = [n for n in metrics[0] if n in metrics[1] and not n.endswith((".pgr", ".n"))]
-    rows = {n: (metrics[0][n], metrics[1][n]) for n in sorted(names)}
-    if json:
-        print_json({n: {"a": x, "b": y, "delta": y - x} for n, (x, y) in rows.items()})
-        return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("metric", no_wrap=True)
-    for info in infos:
-        table.add_column(f"{info.kind} v{info.version}", justify="right")
-    table.add_column("difference", justify="right")
-    same = (".excluded", ".random_apgr", ".perfect_apgr", ".similarity", "_low", "_high")
-    for n, (x, y) in rows.items():
-        if not n.endswith(same):  # intervals and what does not tell them apart: see --json
-            table.add_row(n, f"{x:.4g}", f"{y:.4g}", f"{y - x:+.4g}")
-    out.print(table)
-
-
-@app.command(epilog='Example: routellm promote 7 --force --reason "hotfix"')
-def promote(
-    version: Annotated[str, typer.Argument(help="Version number or alias.")],
-    force: Annotated[bool, typer.Option(help="Promote whatever the gate says.")] = False,
-    reason: Annotated[str | None, typer.Option(help="Why; needed with --force.")] = None,
-    json: Json = False,
-) -> None:
-    """Make a version champion, if the gate lets it."""
-    from registry.gate import Gate
-
-    if force and not reason:
-        raise UsageError("--force needs --reason: it is written into the history")
-    registry = registry_of(load_settings())
-    info = registry.get(version)
-    champion = registry.champion()
-    if force:
-        registry.promote(info, force_reason=reason)
-    else:
-        from registry.judge import gate_inputs
-
-        judged, candidate = gate_inputs(registry, champion, info)
-        decision = Gate().decide(judged, candidate)
-        registry.promote(info, decision, expected=champion.version if champion else None)
-    state = registry.state()
-    if json:
-        print_json(state)
-    else:
-        out.print(f"[green]champion is version {state['version']}[/]: {state['why']}")
-
-
-@app.command(epilog="Example: routellm rollback")
-def rollback(
-    to: Annotated[str | None, typer.Option(help="Version; the one before if not given.")] = None,
-    json: Json = False,
-) -> None:
-    """Take the champion back to where it was."""
-    registry = registry_of(load_settings())
-    info = registry.rollback(to)
-    if json:
-        print_json(registry.state())
-    else:
-        out.print(f"[green]champion is version {info.version}[/] ({info.kind}) again")
-
-
+app.command(epilog=VERSIONS)(versions)
+app.command(epilog=COMPARE)(compare)
+app.command(epilog=PROMOTE)(promote)
+app.command(epilog=ROLLBACK)(rollback)
+app.command(epilog=HISTORY)(history)
 app.command(epilog=ROUTE)(route)
 app.command(epilog=CALIBRATE)(calibrate)
 
@@ -333,8 +248,11 @@ def serve(
         out.print(
             f"gateway on [bold]{url}[/], following {settings.model}@{gateway.alias}"
             + (", DEMO upstreams" if demo else "")
+            + ("" if gateway.challenger == "off" else f", challenger in {gateway.challenger}")
         )
-    run(settings, _LazySource(settings), demo=demo)
+    beside = gateway.model_copy(update={"alias": "challenger"})
+    challenger = _LazySource(settings.model_copy(update={"gateway": beside}))
+    run(settings, _LazySource(settings), demo=demo, challenger=challenger)
 
 
 class _LazySource:
@@ -361,23 +279,12 @@ def status(json: Json = False) -> None:
     """Say what is live, since when and why, and what it was trained on."""
     settings = load_settings()
     registry = registry_of(settings)
-    champion = registry.champion()
-    state = registry.state()
-    known = champion is not None and state.get("version") == champion.version
     latest = _latest(settings)
     doc = {
         "tracking_uri": settings.resolved_tracking_uri,
         "model": settings.model,
-        "champion": None
-        if champion is None
-        else {
-            "version": champion.version,
-            "kind": champion.kind,
-            "since": state["at"] if known else None,
-            "why": state["why"] if known else "moved by something other than routellm",
-            "simulated": champion.simulated,
-            "snapshot": champion.tags.get("snapshot"),
-        },
+        "champion": champion_doc(registry),
+        "challenger": _challenger_doc(registry),
         "versions": len(registry.versions()),
         "snapshot": _manifest_doc(latest[1]) if latest else None,
     }
@@ -395,9 +302,36 @@ def status(json: Json = False) -> None:
             f"{live['since']}: {live['why']}",
             soft_wrap=True,
         )
+    waiting: Any = doc["challenger"]
+    if waiting is not None:
+        flag = " [yellow]SIMULATED[/]" if waiting["simulated"] else ""
+        online = waiting["online"]
+        seen = "" if online is None else f", {online['requests']:,} requests seen"
+        out.print(
+            f"in line   version {waiting['version']} ({waiting['kind']}){flag} is challenger{seen}",
+            soft_wrap=True,
+        )
     snap: Any = doc["snapshot"]
     if snap is None:
         out.print("snapshot  [yellow]none[/]: run `routellm ingest SOURCE`")
     else:
         kinds = ", ".join(f"{n:,} {k}" for k, n in snap["by_label_kind"].items())
         out.print(f"snapshot  [bold]{snap['digest'][:12]}[/] of {snap['created_at']}: {kinds}")
+
+
+def _challenger_doc(registry: Registry) -> dict[str, Any] | None:
+    """Return the version in line, and what the gateways saw of it; None if there is none."""
+    from dataclasses import asdict
+
+    from registry.online import online
+
+    found = next((v for v in registry.versions() if "challenger" in v.aliases), None)
+    if found is None:
+        return None
+    seen = online(registry.settings, found.version)
+    return {
+        "version": found.version,
+        "kind": found.kind,
+        "simulated": found.simulated,
+        "online": None if seen is None else asdict(seen),
+    }

@@ -18,6 +18,8 @@ from routellm.cli.options import Benchmarks, Fraction, Json, Strong, Threshold, 
 from routellm.errors import BenchmarkError, UsageError
 
 if TYPE_CHECKING:
+    from registry import VersionInfo
+    from routellm.bundle import Bundle
     from routellm.evaluation.benchmarks import Benchmark
     from routellm.evaluation.evaluate import Evaluation
     from routellm.routers.base import Pair, Router
@@ -71,11 +73,7 @@ def route(
     json: Json = False,
 ) -> None:
     """Say where one prompt would go."""
-    settings = load_settings()
-    registry = registry_of(settings)
-    info = registry.get(version)
-    bundle = registry.bundle(info, cache_path=settings.embeddings_path)
-    router = turned(bundle.router, strong, weak)
+    info, bundle, router = _loaded(version, strong, weak)
     pair = router.pair
     if pair != bundle.pair and (threshold is None or strong_fraction is not None):
         raise UsageError(
@@ -112,11 +110,7 @@ def calibrate(
     """Say which threshold sends a share of your queries to strong."""
     from routellm.calibration import Calibration
 
-    settings = load_settings()
-    registry = registry_of(settings)
-    info = registry.get(version)
-    bundle = registry.bundle(info, cache_path=settings.embeddings_path)
-    router = turned(bundle.router, strong, weak)
+    info, bundle, router = _loaded(version, strong, weak)
     calibration = bundle.calibration
     if queries is not None:
         try:
@@ -186,6 +180,17 @@ def evaluate(
     out.print(evaluation_table([(label, found, None)]))
     if benchmarks is not None:
         out.print("[yellow]not checked for prompts that training may have seen[/]")
+
+
+def _loaded(
+    version: str, strong: str | None, weak: str | None
+) -> tuple[VersionInfo, Bundle, Router]:
+    """Return a version, its bundle, and its router turned to the pair that was asked for."""
+    settings = load_settings()
+    registry = registry_of(settings)
+    info = registry.get(version)
+    bundle = registry.bundle(info, cache_path=settings.embeddings_path)
+    return info, bundle, turned(bundle.router, strong, weak)
 
 
 def _said(pair: Pair) -> str:

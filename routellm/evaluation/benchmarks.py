@@ -3,7 +3,9 @@
 Tables are read from a folder: the published ones by name (``mmlu.parquet``, ``gsm8k.parquet``,
 ``mt_bench_questions.parquet`` with ``mt_bench_judgements.parquet``), and any other Parquet or CSV
 table in a subfolder or file named ``<name>.benchmark.parquet`` (or ``.csv``) with a ``prompt``
-column and a score column per model.
+column and a score column per model. Columns that say more of a prompt are carried along:
+``language``; ``category``, ``domain`` or ``task``; and ``question_id``, which the turns of one
+question share.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,10 @@ from numpy.typing import NDArray
 from routellm.battles import canonical_model
 from routellm.errors import BenchmarkError
 from routellm.routers.base import Pair
+
+_LABELS = ("category", "language", "cluster")  # of a prompt, beside its scores
+_CATEGORY = ("category", "domain", "task")  # columns that name one, the first that is there
+_NO_SCORES = {"contaminated", "id", "question_id", "turn", "language", *_CATEGORY}
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,11 @@ class Benchmark:
     excluded : int
         Prompts taken out so far because training may have seen them.
     simulated : bool
+    category, language : tuple of str, length n, or empty
+        What the table says of each prompt, where it says it.
+    cluster : tuple of str, length n, or empty
+        Prompts of one cluster are resampled together: the turns of one question, say. Empty where
+        each prompt stands alone.
     """
 
     name: str
@@ -42,6 +54,17 @@ class Benchmark:
     scores: dict[str, NDArray[np.float64]]
     excluded: int = 0
     simulated: bool = False
+    category: tuple[str, ...] = ()
+    language: tuple[str, ...] = ()
+    cluster: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in _LABELS:
+            if len(getattr(self, name)) not in (0, len(self.prompts)):
+                raise BenchmarkError(
+                    f"benchmark {self.name} has {len(self.prompts)} prompts and "
+                    f"{len(getattr(self, name))} values of {name}: give one for each, or none"
+                )
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -83,11 +106,18 @@ class Benchmark:
     def without(self, seen: NDArray[np.bool_]) -> Benchmark:
         """Return the benchmark less the prompts marked in `seen` (n,)."""
         keep = ~seen
+
+        def kept(values: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(compress(values, keep))
+
         return replace(
             self,
-            prompts=tuple(p for p, k in zip(self.prompts, keep, strict=True) if k),
+            prompts=kept(self.prompts),
             scores={m: s[keep] for m, s in self.scores.items()},
             excluded=self.excluded + int(seen.sum()),
+            category=kept(self.category),
+            language=kept(self.language),
+            cluster=kept(self.cluster),
         )
 
 
@@ -144,11 +174,10 @@ def _scored(path: Path, name: str) -> Benchmark:
         )
     if "split" in table.column_names:  # `gold` rows are for training, `eval` rows measure
         table = table.filter(pa.array([s == "eval" for s in table["split"].to_pylist()]))
-    skipped = {"contaminated", "id", "question_id"}
     scores = {
         canonical_model(field.name): np.asarray(table[field.name].to_numpy(), dtype=np.float64)
         for field in table.schema
-        if field.name not in skipped
+        if field.name not in _NO_SCORES
         and (
             pa.types.is_boolean(field.type)
             or pa.types.is_floating(field.type)
@@ -165,7 +194,14 @@ def _scored(path: Path, name: str) -> Benchmark:
         raise BenchmarkError(
             f"benchmark table {path} lacks scores of {', '.join(bad)}: fill or drop these rows"
         )
-    whole = Benchmark(name, tuple(table["prompt"].to_pylist()), scores)
+    whole = Benchmark(
+        name,
+        tuple(table["prompt"].to_pylist()),
+        scores,
+        category=_labels(table, *_CATEGORY),
+        language=_labels(table, "language"),
+        cluster=_labels(table, "question_id"),
+    )
     return whole.without(_published_contamination(table))
 
 
@@ -188,8 +224,17 @@ def _mt_bench(folder: Path) -> Benchmark:
         "mt_bench",
         tuple(t[0] for t in questions["turns"].to_pylist()),
         {canonical_model(m): total[m] / turns[m] for m in models},
+        category=_labels(questions, *_CATEGORY),
     )
     return whole.without(_published_contamination(questions))
+
+
+def _labels(table: pa.Table, *columns: str) -> tuple[str, ...]:
+    """Return the first of these columns as text, or () if the table has none of them."""
+    found = next((name for name in columns if name in table.column_names), None)
+    if found is None:
+        return ()
+    return tuple("" if v is None else str(v) for v in table[found].to_pylist())
 
 
 def _published_contamination(table: pa.Table) -> NDArray[np.bool_]:

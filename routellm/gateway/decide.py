@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,6 +87,36 @@ def _share(raw: Any, what: str) -> float:
     return value
 
 
+def user_of(body: Mapping[str, Any]) -> str:
+    """Return the caller's own name for its user (OpenAI's `user` field), or ""."""
+    user = body.get("user")
+    return user if isinstance(user, str) else ""
+
+
+def on_canary_side(version: str, user: str, prompt: str, share: float) -> bool:
+    """Say whether a conversation belongs to the share that a canary decides for.
+
+    By a hash of the user and the first user turn, not by a draw: all turns of a conversation, on
+    whichever gateway, are decided by one version, so that it does not change models on its way.
+    The version is hashed too, so that each challenger meets other conversations.
+    """
+    conversation = f"{user}\0{prompt}".encode("utf-8", "surrogatepass")
+    key = version.encode()[: hashlib.blake2b.MAX_KEY_SIZE]
+    # `person` keeps this draw apart from the `random` router's, which hashes prompts as well
+    raw = hashlib.blake2b(conversation, key=key, person=b"canary", digest_size=8).digest()
+    return int.from_bytes(raw, "big") / 2.0**64 < share
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one version makes of one prompt."""
+
+    route: str  # strong | weak
+    win_rate: float
+    threshold: float
+    latency_ms: float  # of scoring alone
+
+
 @dataclass(frozen=True)
 class Routed:
     """Where a query goes, and why."""
@@ -97,6 +128,7 @@ class Routed:
     kind: str = ""
     win_rate: float | None = None
     threshold: float | None = None
+    canary: bool = False  # whether a challenger decided
 
     def headers(self) -> dict[str, str]:
         """Return the response headers that say so."""
@@ -111,4 +143,6 @@ class Routed:
             out["x-routellm-win-rate"] = f"{self.win_rate:.4f}"
         if self.threshold is not None:
             out["x-routellm-threshold"] = f"{self.threshold:.4f}"
+        if self.canary:
+            out["x-routellm-canary"] = "true"
         return out

@@ -14,8 +14,20 @@ from routellm.gateway.source import RouterSource
 from routellm.settings import Settings, Upstream
 
 
-def serve(settings: Settings, source: RouterSource, *, demo: bool = False) -> None:
+def serve(
+    settings: Settings,
+    source: RouterSource,
+    *,
+    demo: bool = False,
+    challenger: RouterSource | None = None,
+) -> None:
     """Serve until interrupted; on SIGTERM requests in flight are finished first.
+
+    Parameters
+    ----------
+    source, challenger : RouterSource
+        What the champion's and the challenger's alias point at; the second is needed unless
+        ``gateway.challenger`` is off.
 
     Raises
     ------
@@ -37,7 +49,13 @@ def serve(settings: Settings, source: RouterSource, *, demo: bool = False) -> No
                     "weak": Upstream(base_url=f"{url}/v1", model="demo-weak"),
                 }
             )
-        app = create_app(gateway, source, home=settings.home, cache_path=settings.embeddings_path)
+        app = create_app(
+            gateway,
+            source,
+            home=settings.home,
+            cache_path=settings.embeddings_path,
+            challenger=challenger,
+        )
         config = uvicorn.Config(
             app,
             host=gateway.host,

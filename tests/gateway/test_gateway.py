@@ -269,6 +269,8 @@ def test_moving_the_alias_swaps_the_version_and_loses_no_request(upstream, tmp_p
         for alias in ("2", "1", "2"):
             source.alias = alias
             wait_for(lambda want=alias: version_at(url) == want)
+            enough = len(statuses) + 8
+            wait_for(lambda want=enough: len(statuses) >= want)
         stop.set()
         for t in threads:
             t.join()

@@ -1,60 +1,25 @@
+"""What the registry offers, on SQLite and on a server with PostgreSQL and S3 (see conftest.py)."""
+
 import json
 import subprocess
 import sys
 import threading
 
-import numpy as np
 import pytest
 
-from registry import Decision, Gate, GateInput, connect
-from registry.judge import gate_inputs
-from registry.log import log_version, retraining_run
-from routellm.bundle import Bundle, golden_predictions
-from routellm.calibration import Calibration
+from registry import Decision, connect
 from routellm.errors import RegistryError, UsageError
-from routellm.evaluation.benchmarks import Benchmark
-from routellm.evaluation.evaluate import evaluate
-from routellm.settings import EmbeddingSettings, Settings
-from routellm.snapshots import Manifest
-from routellm.training import train
+from routellm.settings import Settings
+from tests.support.bare import works
+from tests.support.versions import add_version
 
 pytestmark = pytest.mark.slow
 
 
-def manifest(simulated=False):
-    return Manifest(
-        "d" * 64, "2026-01-01T00:00:00+00:00", "0.1.0", 10, (), {"human": 10}, {"test": 10},
-        {"strong": 10}, {"tie": 10}, {}, {}, {"passed": True, "rules": []}, simulated, None,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def registry(settings):
-    return connect(settings)
-
-
 @pytest.fixture
 def add(registry, planted, encoder):
-    def one(seed=0, *, simulated=False, key=None):
-        router, report = train("random", planted, encoder, seed=seed)
-        prompts = planted.prompts[:100]
-        table = Benchmark(
-            "test", prompts, {"strong": np.ones(100), "weak": (np.arange(100) % 2).astype(float)}
-        )
-        measured = evaluate(
-            router.win_rate(prompts), table, router.pair, rng=np.random.default_rng(0),
-            resamples=100,
-        )  # fmt: skip
-        bundle = Bundle(
-            router, EmbeddingSettings(), Calibration.of(router.win_rate(prompts), "test"),
-            golden_predictions(router, prompts), "d" * 64, simulated, "0.1.0",
-        )  # fmt: skip
-        with retraining_run(registry, manifest(simulated)) as parent:
-            return log_version(
-                registry, bundle, report, {"test": measured}, manifest(simulated),
-                training_key=key or f"key-{seed}", speed={"queries_per_s": 1.0},
-                parent_run_id=parent,
-            )  # fmt: skip
+    def one(seed=0, **more):
+        return add_version(registry, planted, encoder, seed, **more)
 
     return one
 
@@ -69,7 +34,7 @@ def test_a_version_carries_its_figures_card_and_key(registry, add):
     assert registry.find_trained("other") is None
     metrics = registry.run_metrics(info)
     assert metrics["test.apgr"] == registry.evaluations(info)["test"].exact.apgr.value
-    card = registry.client.get_model_version("router", "1").description
+    card = registry.client.get_model_version(registry.model, "1").description
     assert "strong fraction | threshold" in card
     run = registry.client.get_run(info.run_id)
     assert run.inputs.dataset_inputs[0].dataset.digest == "d" * 36
@@ -79,18 +44,18 @@ def test_a_version_carries_its_figures_card_and_key(registry, add):
 
 def test_promote_then_rollback_ends_where_it_began(registry, add):
     one, two, three = add(1), add(2), add(3)
-    registry.promote(one, PROMOTE)
-    registry.promote(two, PROMOTE, expected="1")
-    registry.promote(three, PROMOTE, expected="2")
+    registry.promote(one, PROMOTE, smoke=works)
+    registry.promote(two, PROMOTE, expected="1", smoke=works)
+    registry.promote(three, PROMOTE, expected="2", smoke=works)
     assert registry.get("previous").version == "2"
-    assert registry.rollback().version == "2"
-    assert registry.rollback().version == "1"
+    assert registry.rollback(smoke=works).version == "2"
+    assert registry.rollback(smoke=works).version == "1"
     assert registry.champion().version == "1"
-    assert "previous" not in registry._aliases()
+    assert "previous" not in registry.aliases()
     with pytest.raises(UsageError, match="nothing to roll back to"):
         registry.rollback()
-    assert registry.rollback("3").version == "3"
-    assert [h["to"] for h in registry.history()] == ["1", "2", "3", "2", "1", "3"]
+    assert registry.rollback("3", smoke=works).version == "3"
+    assert [e.to for e in registry.history()] == ["1", "2", "3", "2", "1", "3"]
     assert registry.state()["why"] == "rollback"
 
 
@@ -99,25 +64,25 @@ def test_only_a_verdict_or_a_reason_moves_the_alias(registry, add):
     with pytest.raises(UsageError, match="not promoted: worse"):
         registry.promote(one, Decision("reject", "worse"))
     assert registry.champion() is None
-    registry.promote(one, force_reason="hotfix")
+    registry.promote(one, force_reason="hotfix", smoke=works)
     assert registry.state()["why"] == "forced: hotfix"
 
 
 def test_a_champion_that_moved_during_judgement_stops_the_promotion(registry, add):
     one, two = add(1), add(2)
-    registry.promote(one, PROMOTE)
+    registry.promote(one, PROMOTE, smoke=works)
     with pytest.raises(RegistryError, match="moved from none to 1"):
         registry.promote(two, PROMOTE, expected=None)
     assert registry.champion().version == "1"
 
 
-def test_promoters_at_once_do_not_interleave(settings, registry, add):
+def test_promoters_at_once_do_not_interleave(registry, add):
     infos = [add(seed) for seed in range(4)]
     errors = []
 
     def force(info):
         try:
-            connect(settings).promote(info, force_reason="race")
+            connect(registry.settings).promote(info, force_reason="race", smoke=works)
         except Exception as error:
             errors.append(error)
 
@@ -128,8 +93,8 @@ def test_promoters_at_once_do_not_interleave(settings, registry, add):
         t.join()
     assert not errors
     moves = registry.history()
-    assert [m["from"] for m in moves[1:]] == [m["to"] for m in moves[:-1]]
-    assert registry.champion().version == moves[-1]["to"] == registry.state()["version"]
+    assert [m.from_ for m in moves[1:]] == [m.to for m in moves[:-1]]
+    assert registry.champion().version == moves[-1].to == registry.state()["version"]
 
 
 def test_unknown_versions_are_refused(registry, add):
@@ -169,7 +134,7 @@ def test_the_bundle_comes_back_from_the_registry(registry, add):
 PREDICT = """
 import json, sys, mlflow, pandas as pd
 mlflow.set_tracking_uri(sys.argv[1])
-model = mlflow.pyfunc.load_model("models:/router@champion")
+model = mlflow.pyfunc.load_model(f"models:/{sys.argv[2]}@champion")
 frame = pd.DataFrame({"prompt": [f"prompt {i}" for i in range(200)]})
 shares = {}
 for params in ({"strong_fraction": 0.3}, {"threshold": 0.9}, {}):
@@ -179,43 +144,13 @@ print(json.dumps(shares))
 
 
 def test_the_model_works_from_anywhere(registry, add, tmp_path):
-    registry.promote(add(), PROMOTE)
+    registry.promote(add(), PROMOTE)  # with the real smoke check
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", PREDICT, registry.settings.resolved_tracking_uri],
+        [sys.executable, "-c", PREDICT, registry.settings.resolved_tracking_uri, registry.model],
         capture_output=True, text=True, cwd=elsewhere, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     shares = list(json.loads(done.stdout.splitlines()[-1]).values())
     assert shares == pytest.approx([0.3, 0.1, 0.5], abs=0.12)
-
-
-def gate_input(version="2", *, apgr=0.6, simulated=False, strong="s", digest="x"):
-    return GateInput(version, "mf", strong, "w", simulated, "b", digest, apgr)
-
-
-@pytest.mark.parametrize(
-    ("champion", "candidate", "outcome", "says"),
-    [
-        (None, gate_input(), "promote", "first version"),
-        (gate_input("1", apgr=0.55), gate_input(), "promote", "0.600 on b against 0.550"),
-        (gate_input("1", apgr=0.6), gate_input(), "reject", "against 0.600"),
-        (gate_input("2"), gate_input("2"), "reject", "is the champion"),
-        (gate_input("1"), gate_input(simulated=True), "reject", "SIMULATED"),
-        (gate_input("1", simulated=True), gate_input(), "promote", "SIMULATED"),
-        (gate_input("1", strong="t"), gate_input(), "reject", "--force"),
-        (gate_input("1", digest="y"), gate_input(), "inconclusive", "benchmark changed"),
-    ],
-)
-def test_the_gate_has_a_verdict_for_every_case(champion, candidate, outcome, says):
-    decision = Gate().decide(champion, candidate)
-    assert decision.outcome == outcome
-    assert says in decision.reason
-
-
-def test_two_registered_versions_are_judged_on_their_common_benchmark(registry, add):
-    one, two = add(1), add(2)
-    judged, candidate = gate_inputs(registry, one, two)
-    assert (judged.version, candidate.version) == ("1", "2")
-    assert judged.benchmark_digest == candidate.benchmark_digest

@@ -1,0 +1,76 @@
+"""Calls of MLflow: its errors as one sentence, and another try where the database was busy."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from routellm.errors import RegistryError
+from routellm.settings import Settings
+
+T = TypeVar("T")
+
+# what SQLite, PostgreSQL and MLflow itself say when others write at the same time
+_BUSY = (
+    "database is locked",
+    "database table is locked",
+    "deadlock detected",
+    "could not serialize",
+    "too many clients",
+    "Model Version creation error",
+)
+_PATIENCE_S = 30.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.02, 1.0
+
+
+@contextlib.contextmanager
+def said(settings: Settings) -> Iterator[None]:
+    """Turn what MLflow raises into one sentence."""
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RegistryError(
+            f"MLflow at {redacted(settings.resolved_tracking_uri)} did not do what was asked "
+            f"({redacted(first)[:200]}): check that it runs and that `tracking_uri` is right"
+        ) from error
+
+
+def patient(settings: Settings, call: Callable[[], T]) -> T:
+    """Call MLflow, and again after a growing random wait while its database is busy.
+
+    For calls that do the same when they are made twice.
+
+    Raises
+    ------
+    RegistryError
+        If it stays busy for half a minute, or fails otherwise.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    end = time.monotonic() + _PATIENCE_S
+    wait_s = _FIRST_WAIT_S
+    with said(settings):
+        while True:
+            try:
+                return call()
+            except (MlflowException, SQLAlchemyError) as error:
+                busy = any(words in str(error) for words in _BUSY)
+                if not busy or time.monotonic() > end:
+                    raise
+            time.sleep(random.uniform(wait_s / 2, wait_s))
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+
+def redacted(text: str) -> str:
+    """Return text with the user and password of every address in it hidden."""
+    return re.sub(r"//[^@/\s]*@", "//***@", text)
