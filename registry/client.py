@@ -323,6 +323,7 @@ def connect(settings: Settings) -> Registry:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is for JSON
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     uri = settings.resolved_tracking_uri
@@ -338,7 +339,9 @@ def connect(settings: Settings) -> Registry:
         mlflow.set_registry_uri(uri)
         client = mlflow.MlflowClient(uri, uri)
         if client.get_experiment_by_name(settings.experiment) is None:
-            local = None if settings.tracking_uri else (settings.home / "mlartifacts").resolve()
+            # a server keeps artifacts itself; a bare database would leave them where it is run
+            served = uri.startswith(("http://", "https://"))
+            local = None if served else (settings.home / "mlartifacts").resolve()
             with contextlib.suppress(MlflowException):  # made by another process just now
                 client.create_experiment(
                     settings.experiment, artifact_location=local.as_uri() if local else None

@@ -1,6 +1,7 @@
 """One small retraining, shared by the end-to-end tests."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -14,10 +15,21 @@ def routellm(*args, cwd=None, timeout=420):
     )  # fmt: skip
 
 
+def new_home(folder, tmp_path_factory):
+    """Return a home whose embeddings are cached with those of all other homes of this test run."""
+    base = tmp_path_factory.getbasetemp()
+    together = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    home = folder / "h"
+    home.mkdir()
+    (home / "embeddings.db").symlink_to(together / "embeddings.db")
+    return home
+
+
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
     """One retraining on a small simulated arena, shared by these tests."""
     folder = tmp_path_factory.mktemp("e2e")
+    new_home(folder, tmp_path_factory)
     done = routellm(
         "--home", folder / "h", "retrain", "--source", "simulated://arena?battles=6000", cwd=folder
     )

@@ -1,10 +1,11 @@
 """The command as a person meets it: a process, its output, its exit status."""
 
 import json
+import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import httpx
 import openai
@@ -238,3 +239,16 @@ def test_mlflow_serves_the_champion(home, tmp_path):
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=30)
+
+
+def test_a_retraining_tells_prefect_what_was_decided(home):
+    champion = asked(home, "history")[0]
+    with closing(sqlite3.connect(home / "prefect" / "prefect.db")) as prefect:
+        (kept,) = prefect.execute("SELECT data FROM artifact WHERE key = 'decision' LIMIT 1")
+        events = prefect.execute(
+            "SELECT payload FROM events WHERE event = 'routellm.promote'"
+        ).fetchall()
+    assert f"version {champion['version']}: first version" in kept[0]
+    assert "| reproduces | pass |" in kept[0]
+    told = [json.loads(payload) for (payload,) in events]
+    assert [t["sha256"] for t in told] == [champion["sha256"]]

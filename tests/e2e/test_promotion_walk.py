@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.e2e.shared import asked, routellm
+from tests.e2e.shared import asked, new_home, routellm
 
 pytestmark = pytest.mark.slow
 
@@ -69,8 +69,8 @@ def serve(home, folder, line):
     return decided
 
 
-def test_the_walk_through_the_page_works_as_written(tmp_path):
-    home, said = tmp_path / "h", {}
+def test_the_walk_through_the_page_works_as_written(tmp_path, tmp_path_factory):
+    home, said = new_home(tmp_path, tmp_path_factory), {}
     assert len(LINES) == 11
     for line in LINES:
         if "routellm serve" in line:

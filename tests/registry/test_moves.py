@@ -323,7 +323,7 @@ def test_a_reader_never_sees_no_champion_during_a_hundred_moves(registry):
     try:
         for _ in range(33):
             promote(registry, "2", "3")
-            registry.rollback(smoke=works)
+            registry.rollback("1", smoke=works)
     finally:
         done.set()
         thread.join()

@@ -70,7 +70,8 @@ def race(
         capture_output=True,
         text=True,
         timeout=840,
-        cwd=Path(__file__).resolve().parents[2],
+        cwd=folder,  # MLflow without a server leaves artifacts where it runs
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )
     assert done.returncode == 0, done.stderr
     return Race(**json.loads(done.stdout.splitlines()[-1]))

@@ -10,6 +10,7 @@ from registry import Registry, VersionInfo
 from registry.log import log_version, retraining_run
 from routellm.bundle import Bundle, golden_predictions
 from routellm.calibration import Calibration
+from routellm.embeddings.base import Encoder
 from routellm.evaluation.benchmarks import Benchmark
 from routellm.evaluation.evaluate import evaluate
 from routellm.routers.base import TrainingBattles
@@ -26,7 +27,7 @@ MANIFEST = Manifest(
 def add_version(
     registry: Registry,
     battles: TrainingBattles,
-    encoder: object,
+    encoder: Encoder,
     seed: int = 0,
     *,
     simulated: bool = False,
