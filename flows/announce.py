@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from registry import Registry
 from registry.history import Entry
 from registry.notify import notify
+from routellm.errors import RegistryError
 from routellm.settings import Settings
+
+
+@contextmanager
+def announced(registry: Registry) -> Iterator[None]:
+    """Tell of every entry that the history gains inside, also where what is done there fails.
+
+    Who could not be told is added to `registry.notices`.
+    """
+    before = len(registry.history())
+    try:
+        yield
+    finally:
+        with suppress(RegistryError):  # MLflow is away: what is done inside says so
+            for entry in registry.history()[before:]:
+                registry.notices.extend(announce(registry.settings, entry))
 
 
 def announce(settings: Settings, entry: Entry) -> list[str]:

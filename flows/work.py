@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flows.announce import announce
+from flows.announce import announced
 from registry import Decision, Gate, Registry, VersionInfo
 from registry.evidence import gather
 from registry.figures import log_pareto, mean_apgr
@@ -477,18 +477,19 @@ def promote_best(measured: Sequence[Measured], registry: Registry) -> Decision:
     best = max(routers, key=lambda m: mean_apgr(m.evaluations), default=None)
     if best is None:
         return Decision("reject", "only the random router was trained: there is nothing to promote")
-    registry.repair()
     forget_deleted(registry.settings, [v.version for v in registry.versions()])
-    champion = registry.champion()
-    before = _decided(registry, champion, best.version)
-    if before is not None:
-        return before
-    decision = Gate(registry.settings).decide(gather(registry, champion, best.version))
-    if decision.outcome == "promote":
-        registry.promote(best.version, decision, expected=champion.version if champion else None)
-    else:
-        registry.record(best.version, decision)
-    registry.notices.extend(announce(registry.settings, registry.history()[-1]))
+    with announced(registry):
+        registry.repair()
+        champion = registry.champion()
+        before = _decided(registry, champion, best.version)
+        if before is not None:
+            return before
+        decision = Gate(registry.settings).decide(gather(registry, champion, best.version))
+        if decision.outcome == "promote":
+            expected = champion.version if champion else None
+            registry.promote(best.version, decision, expected=expected)
+        else:
+            registry.record(best.version, decision)
     return decision
 
 

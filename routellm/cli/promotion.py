@@ -120,7 +120,6 @@ def promote(
         champion = registry.champion()
         if challenger:
             registry.set_challenger(info)
-            _announce(registry)
             if json:
                 print_json(vars(registry.get(info.version)))
             else:
@@ -128,7 +127,6 @@ def promote(
             return
         if force:
             registry.promote(info, force_reason=reason)
-            _announce(registry)
             _print_state(registry, as_json=json)
             return
         decision = _judged(registry, champion, info)
@@ -140,12 +138,10 @@ def promote(
             return
         if decision.outcome == "promote":
             registry.promote(info, decision, expected=champion.version if champion else None)
-            _announce(registry)
             _print_state(registry, as_json=json)
             return
         if champion is None or champion.version != info.version:
             registry.record(info, decision)
-            _announce(registry)
         raise UsageError(
             f"version {info.version} was not promoted: {decision.reason}; to promote it all the "
             "same, give --force --reason"
@@ -159,7 +155,6 @@ def rollback(
     """Take the champion back to where it was."""
     with _moving() as registry:
         info = registry.rollback(to)
-        _announce(registry)
         if json:
             print_json(registry.state())
         else:
@@ -231,24 +226,20 @@ def _judged(registry: Registry, champion: VersionInfo | None, candidate: Version
 
 @contextmanager
 def _moving() -> Iterator[Registry]:
-    """Yield the registry, what a killed move left mended; says on standard error what is to say."""
+    """Yield the registry, cut-short moves mended; tell of moves, and say what went wrong."""
     from rich.console import Console
+
+    from flows.announce import announced
 
     registry = registry_of(load_settings())
     try:
-        registry.repair()
-        yield registry
+        with announced(registry):
+            registry.repair()
+            yield registry
     finally:
         err = Console(stderr=True, highlight=False, soft_wrap=True)
         for notice in dict.fromkeys(registry.notices):
             err.print(notice, style="yellow", markup=False)
-
-
-def _announce(registry: Registry) -> None:
-    """Tell the webhook and Prefect of the newest entry."""
-    from flows.announce import announce
-
-    registry.notices.extend(announce(registry.settings, registry.history()[-1]))
 
 
 def _print_state(registry: Registry, *, as_json: bool) -> None:
