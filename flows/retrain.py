@@ -196,9 +196,9 @@ def register(trained: Trained, plan: Plan, registry: Registry, parent: str) -> M
 
 
 @_task()
-def promote(measured: Sequence[Measured], registry: Registry) -> Decision:
+def promote(measured: Sequence[Measured], plan: Plan, registry: Registry) -> Decision:
     with step("promote") as line:
-        decision = promote_best(measured, registry)
+        decision = promote_best(measured, plan.primary, registry)
         line.result = f"{decision.outcome}: {decision.reason}"
         line.notes.extend(dict.fromkeys(registry.notices))
     return decision
@@ -297,7 +297,7 @@ def retrain(
                 evaluate(trained, plan, settings)
                 measured.append(register(trained, plan, registry, parent))
             log_plots(measured, registry)
-    decision = promote(measured, registry) if move_alias else None
+    decision = promote(measured, plan, registry) if move_alias else None
     wanted = trials_to_run(kinds, settings, seeds=seeds, augmentations=compare_augmentation)
     trials = _compare(wanted, plan, registry, settings, docs)
     champion = registry.champion()

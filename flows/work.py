@@ -17,6 +17,7 @@ from flows.announce import announced
 from registry import Decision, Gate, Registry, VersionInfo
 from registry.evidence import gather
 from registry.figures import log_pareto, mean_apgr
+from registry.history import CHALLENGER
 from registry.log import log_version
 from registry.online import forget_deleted
 from registry.predictions import (
@@ -466,12 +467,13 @@ def log_plots(measured: Sequence[Measured], registry: Registry) -> None:
         log_pareto(by_kind)
 
 
-def promote_best(measured: Sequence[Measured], registry: Registry) -> Decision:
+def promote_best(measured: Sequence[Measured], primary: str, registry: Registry) -> Decision:
     """Let the gate judge the best router of this retraining, and move the alias if it may.
 
     The best is the one with the highest mean APGR over the benchmarks; the gate then holds it
-    against the champion on the same prompts. `registry.notices` says what a killed promotion had
-    left and was mended, and who could not be told.
+    against the champion on the same prompts. A version that is in line is looked at again before:
+    it may have seen more traffic. `registry.notices` says what a killed promotion had left and was
+    mended, and who could not be told.
     """
     routers = (m for m in measured if m.kind != "random")
     best = max(routers, key=lambda m: mean_apgr(m.evaluations), default=None)
@@ -480,17 +482,36 @@ def promote_best(measured: Sequence[Measured], registry: Registry) -> Decision:
     forget_deleted(registry.settings, [v.version for v in registry.versions()])
     with announced(registry):
         registry.repair()
+        _look_again_at_challenger(best.version, primary, registry)
         champion = registry.champion()
         before = _decided(registry, champion, best.version)
         if before is not None:
             return before
-        decision = Gate(registry.settings).decide(gather(registry, champion, best.version))
+        decision = Gate(registry.settings).decide(
+            gather(registry, champion, best.version, primary=primary)
+        )
         if decision.outcome == "promote":
             expected = champion.version if champion else None
             registry.promote(best.version, decision, expected=expected)
         else:
             registry.record(best.version, decision)
     return decision
+
+
+def _look_again_at_challenger(best: VersionInfo, primary: str, registry: Registry) -> None:
+    """Judge the version in line by what there is to go by now.
+
+    Nothing is written down while the verdict is still inconclusive.
+    """
+    champion = registry.champion()
+    waiting = next((v for v in registry.versions() if CHALLENGER in v.aliases), None)
+    if waiting is None or champion is None or waiting.version in (best.version, champion.version):
+        return
+    decision = Gate(registry.settings).decide(gather(registry, champion, waiting, primary=primary))
+    if decision.outcome == "promote":
+        registry.promote(waiting, decision, expected=champion.version)
+    elif decision.outcome == "reject":
+        registry.record(waiting, decision)
 
 
 def _decided(

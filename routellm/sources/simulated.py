@@ -166,6 +166,7 @@ def simulated_benchmark(seed: int = 0, n: int = 1000) -> Benchmark:
         tuple(world.prompts),
         {name: scores[:, i] for i, name in enumerate(_MODELS)},
         simulated=True,
+        category=tuple(world.topics),
     )
 
 

@@ -65,7 +65,9 @@ def test_every_verb_answers_on_what_the_run_left(home, tmp_path):
     champion = asked(home, "status")["champion"]
     other = next(v["version"] for v in asked(home, "versions") if v["kind"] == "random")
     assert asked(home, "evaluate", "champion")["simulated"]["exact"]["apgr"]["value"] > 0.5
-    assert "simulated.apgr" in asked(home, "compare", "champion", other)
+    compared = asked(home, "compare", "champion", other)
+    assert compared["decision"]["outcome"] == "reject"
+    assert compared["metrics"]["simulated.apgr"]["delta"] < 0
     routed = asked(home, "route", "Tell me a joke about coffee", "--threshold", "0")
     assert routed["route"] == "strong"
     queries = tmp_path / "queries.txt"

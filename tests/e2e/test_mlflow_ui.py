@@ -40,7 +40,8 @@ DRAWN = """
 @pytest.fixture(scope="module")
 def store(home):
     """The MLflow store of one retraining: its client, and its versions' runs by router kind."""
-    client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    uri = f"sqlite:///{home / 'mlflow.db'}"
+    client = mlflow.MlflowClient(uri, uri)  # else the registry that another test has set
     experiment = client.get_experiment_by_name("routellm").experiment_id
     runs = client.search_runs([experiment], "tags.role = 'version'")
     return client, experiment, {run.data.tags["kind"]: run for run in runs}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from registry import Decision, Registry, VersionInfo, connect
+from registry.history import replay
 from routellm.settings import Settings
 
 PROMOTE = Decision("promote", "better")
@@ -63,3 +64,19 @@ def bare_registry(home: Path, versions: int = 0, **changes: Any) -> Registry:
     for _ in range(versions):
         bare_version(registry)
     return registry
+
+
+def promote(registry, *versions, smoke=works):
+    for version in versions:
+        registry.promote(registry.get(version), force_reason="test", smoke=smoke)
+
+
+def whole(registry):
+    """The aliases are where the history says, and nothing is left to mend."""
+    standing = replay(registry.history())
+    aliases = registry.aliases()
+    assert aliases.get("champion") == standing.champion
+    assert aliases.get("previous") == (standing.before[0] if standing.before else None)
+    assert registry.unsettled() is None
+    assert all(entry.applied for entry in registry.history())
+    return True

@@ -50,11 +50,15 @@ def forked(work: Callable[[Callable[[Any], None]], None]) -> tuple[list[Any], bo
     return found, killed
 
 
-def die_at(nth: int, tell: Callable[[Any], None]) -> None:
-    left = nth
+def die_at(nth: int, tell: Callable[[Any], None], *, entry: int) -> None:
+    """Be killed at the nth step that follows the start of so many entries."""
+    left, begun = nth, 0
 
     def step(name: str) -> None:
-        nonlocal left
+        nonlocal left, begun
+        begun += name == "before the entry"
+        if begun < entry:
+            return
         left -= 1
         if not left:
             tell(name)
@@ -105,7 +109,8 @@ def main(home: Path, what: str) -> list[dict[str, Any]]:
             for version in ("1", "2"):
                 if registry.aliases().get("champion") != version:
                     registry.promote(registry.get(version), force_reason="begin", smoke=works)
-            die_at(nth, tell)
+            # up to its second entry a revert is a promotion
+            die_at(nth, tell, entry=2 if what == "revert" else 1)
             move(registry, what)
 
         return work
