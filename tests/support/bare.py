@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import shutil
 import tempfile
@@ -38,7 +39,9 @@ def bare_settings(home: Path, *, lease_s: float = 2.0, **changes: Any) -> Settin
 def _blank_store() -> Path:
     import mlflow
 
-    path = Path(tempfile.mkdtemp(prefix="routellm-test-")) / "blank.db"
+    folder = tempfile.mkdtemp(prefix="routellm-test-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / "blank.db"
     mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
 
