@@ -290,7 +290,7 @@ def test_a_writer_that_slept_through_its_lease_puts_back_what_it_set(registry, m
     assert whole(registry)
 
 
-def test_a_reader_never_sees_no_champion_during_a_hundred_moves(registry):
+def test_a_reader_never_sees_no_champion_during_many_moves(registry):
     promote(registry, "1")
     done, seen = threading.Event(), []
 
@@ -302,13 +302,13 @@ def test_a_reader_never_sees_no_champion_during_a_hundred_moves(registry):
     thread = threading.Thread(target=read)
     thread.start()
     try:
-        for _ in range(33):
+        for _ in range(15):
             promote(registry, "2", "3")
             registry.rollback("1", smoke=works)
     finally:
         done.set()
         thread.join()
-    assert len(registry.history()) == 100
+    assert len(registry.history()) == 46
     assert len(seen) > 100
     assert {ref and ref.version for ref in seen} <= {"1", "2", "3"}
     assert whole(registry)
