@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from routellm.calibration import chance_calibration_error
 from routellm.settings import Settings
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Check(ABC):
 
 
 class Calibration(Check):
-    """Win rates stand for the shares that they name."""
+    """Win rates stand for the shares that they name, but for what few battles leave to chance."""
 
     name = "calibration"
 
@@ -84,10 +85,14 @@ class Calibration(Check):
         if value is None:
             yield self.skipped("it was not measured: there were too few validation battles")
             return
-        said = "within" if value <= limit else "above"
+        n = evidence.calibration_n
+        chance = chance_calibration_error(n)
+        good = value - chance <= limit
+        by_chance = f", of which chance gives {chance:.3f}" if n else ""
         yield CheckResult(
-            self.name, "pass" if value <= limit else "fail", value, threshold=limit,
-            detail=f"expected calibration error {value:.3f}, {said} {limit:g}",
+            self.name, "pass" if good else "fail", value, threshold=limit, n=n or None,
+            detail=f"expected calibration error {value:.3f}{by_chance}: "
+            f"{'within' if good else 'above'} {limit:g}",
         )  # fmt: skip
 
 

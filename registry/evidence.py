@@ -77,6 +77,7 @@ class Evidence:
     apgr: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, tuple[int, int]] = field(default_factory=dict)
     calibration_error: float | None = None
+    calibration_n: int = 0
     contamination: str | None = None
     snapshot_created_at: datetime | None = None
     snapshot_validated: str | None = None
@@ -155,6 +156,7 @@ def gather(
         apgr={name: one.exact.apgr.value for name, one in evaluations.items()},
         left_out={name: (one.n, one.excluded) for name, one in evaluations.items()},
         calibration_error=run.metrics.get("calibration_ece_after"),
+        calibration_n=int(run.metrics.get("calibration_n", 0)),
         contamination=run.parent_params.get("contamination"),
         snapshot_created_at=_utc(candidate.tags.get("snapshot_created_at")),
         snapshot_validated=candidate.tags.get("snapshot_validated"),

@@ -120,7 +120,7 @@ def expected_calibration_error(win_rates: Floats, preferences: Floats, bins: int
     Bins hold equally many battles (Nixon et al., 2019; Guo et al., 2017, with bins of equal
     width), at least `MIN_BIN` each: with fewer than ``bins * MIN_BIN`` battles there are fewer
     bins. Battles of the same win rate count with their mean preference, so that it does not matter
-    between which of them a bin ends. Chance alone gives about ``0.4 / sqrt(battles in a bin)``.
+    between which of them a bin ends. `chance_calibration_error` is what chance alone gives.
 
     Raises
     ------
@@ -131,9 +131,22 @@ def expected_calibration_error(win_rates: Floats, preferences: Floats, bins: int
     _, where = np.unique(win_rates, return_inverse=True)
     preferred = (np.bincount(where, preferences) / np.bincount(where))[where]
     order = np.argsort(win_rates, kind="stable")
-    parts = np.array_split(order, max(1, min(bins, len(order) // MIN_BIN)))
+    parts = np.array_split(order, _bins(len(order), bins))
     gaps = [abs(float((win_rates[rows] - preferred[rows]).sum())) for rows in parts]
     return sum(gaps) / len(order)
+
+
+def chance_calibration_error(n: int, bins: int = 10) -> float:
+    """Return about what `expected_calibration_error` is of perfect win rates, over n battles.
+
+    ``sqrt(2 / pi) * sigma / sqrt(battles in a bin)``, the mean distance of a normal mean from its
+    expectation, with the largest standard deviation that a preference can have, 1/2.
+    """
+    return float(np.sqrt(2.0 / np.pi) * 0.5 / np.sqrt(n / _bins(n, bins))) if n else 0.0
+
+
+def _bins(n: int, bins: int) -> int:
+    return max(1, min(bins, n // MIN_BIN))
 
 
 def _check_battles(win_rates: Floats, preferences: Floats) -> None:

@@ -204,7 +204,11 @@ class PromotionSettings(_Group):
         500.0, gt=0, description="median time of one query in a fresh process, encoder included"
     )
     max_calibration_error: float = Field(
-        0.1, gt=0, le=1, description="expected calibration error of the win rates"
+        0.1,
+        gt=0,
+        le=1,
+        description="expected calibration error of the win rates, beyond what chance gives over "
+        "as many battles",
     )
     max_excluded_share: float = Field(
         0.5,

@@ -276,6 +276,18 @@ def test_without_prices_cost_is_skipped_and_says_so(tmp_path, pairs):
         ({"calibration_error": 0.11}, "calibration", "fail", "above 0.1"),
         ({"calibration_error": 0.1}, "calibration", "pass", "within 0.1"),
         ({"calibration_error": None}, "calibration", "skipped", "not measured"),
+        (
+            {"calibration_error": 0.15, "calibration_n": 80},
+            "calibration",
+            "pass",
+            "0.150, of which chance gives 0.089: within",
+        ),
+        (
+            {"calibration_error": 0.15, "calibration_n": 8000},
+            "calibration",
+            "fail",
+            "0.150, of which chance gives 0.014: above",
+        ),
         ({"contamination": None}, "contamination", "unsure", "has not logged"),
         ({"left_out": {}}, "contamination", "unsure", "no evaluation on mmlu"),
         ({"snapshot_validated": "false"}, "snapshot", "fail", "did not pass validation"),

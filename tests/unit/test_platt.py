@@ -14,6 +14,7 @@ from routellm.calibration import (
     MIN_SLOPE,
     Calibration,
     Platt,
+    chance_calibration_error,
     expected_calibration_error,
 )
 from routellm.errors import UsageError
@@ -304,3 +305,13 @@ def test_a_second_router_and_its_map_are_fitted_on_bounded_numbers(planted, monk
     _, report = calibrated(router, planted, None, rng=rng())
     assert report.n == 50
     assert len(planted.pair_validation()[0]) > 50
+
+
+@pytest.mark.parametrize("n", [40, 150, 2000])
+def test_what_chance_makes_of_perfect_win_rates_is_known(n):
+    rng = np.random.default_rng(5)
+    found = []
+    for _ in range(300):
+        rates = rng.uniform(0.4, 0.6, n)
+        found.append(expected_calibration_error(rates, (rng.random(n) < rates).astype(float)))
+    assert np.mean(found) == pytest.approx(chance_calibration_error(n), rel=0.1)
