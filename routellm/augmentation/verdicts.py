@@ -16,6 +16,7 @@ from typing import cast
 
 from routellm.augmentation.template import TEMPLATE_VERSION, Choice
 from routellm.errors import JudgeError
+from routellm.sqlite import connect
 
 _ASK_AT_ONCE = 500  # keys in one SELECT, below SQLite's limit on variables
 _COLUMNS = "choice, reason, reply, input_tokens, output_tokens, cost_usd, judged_at"
@@ -111,9 +112,7 @@ class VerdictStore:
                 yield connection
 
     def _connect(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(self.path, timeout=60.0)
-        connection.execute("PRAGMA journal_mode=WAL")
+        connection = connect(self.path)
         connection.execute("PRAGMA synchronous=FULL")  # what was paid for outlives a power cut too
         connection.execute(
             "CREATE TABLE IF NOT EXISTS verdicts (key BLOB PRIMARY KEY, judge TEXT NOT NULL, "

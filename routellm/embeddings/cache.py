@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from routellm.embeddings.base import Encoder, Progress
 from routellm.errors import EmbeddingError
+from routellm.sqlite import connect
 
 _WRITE_EVERY = 1024  # prompts encoded between two commits: what a kill can cost
 _ASK_AT_ONCE = 500  # keys in one SELECT, below SQLite's limit on variables
@@ -87,9 +88,7 @@ class CachedEncoder:
         return np.stack([found[k] for k in keys])
 
     def _connect(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(self.path, timeout=60.0)
-        connection.execute("PRAGMA journal_mode=WAL")
+        connection = connect(self.path)
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute(
             "CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, vector BLOB NOT NULL) "
