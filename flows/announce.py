@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from registry import Registry
+from registry import Decision, Registry
 from registry.history import Entry
 from registry.notify import notify
 from routellm.errors import RegistryError
@@ -82,15 +82,11 @@ def decision_markdown(entry: Entry) -> str:
         "",
         f"Champion: {entry.from_ or 'none'} → {entry.to or 'none'}, by {entry.by} at {entry.at}.",
     ]
-    checks = (entry.decision or {}).get("checks", ())
+    checks = Decision.from_dict(dict(entry.decision)).checks if entry.decision else ()
     if checks:
         lines += ["", "| check | outcome | measured | limit | |", "| --- | --- | --- | --- | --- |"]
-    for one in checks:
-        measured = "" if one["value"] is None else f"{one['value']:.4g}"
-        if one["low"] is not None and one["high"] is not None:
-            measured = f"{one['value']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
-        limit = "" if one["threshold"] is None else f"{one['threshold']:g}"
-        lines.append(
-            f"| {one['name']} | {one['outcome']} | {measured} | {limit} | {one['detail']} |"
-        )
+    lines += [
+        f"| {one.name} | {one.outcome} | {one.measured} | {one.limit} | {one.detail} |"
+        for one in checks
+    ]
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 import expectations
+from flows.promotion import promote_best
 from flows.steps import step
 from flows.trials import Trial, find_trial, run_trial, trials_to_run, variants
 from flows.work import (
@@ -34,7 +35,6 @@ from flows.work import (
     measured_version,
     named_benchmarks,
     plan_of,
-    promote_best,
     register_router,
     train_router,
 )

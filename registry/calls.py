@@ -7,7 +7,8 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from routellm.errors import RegistryError
 from routellm.settings import Settings
@@ -25,6 +26,7 @@ _BUSY = (
 )
 _PATIENCE_S = 30.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.02, 1.0
+_PAGE = 1000  # versions at once
 
 
 @contextlib.contextmanager
@@ -69,6 +71,26 @@ def patient(settings: Settings, call: Callable[[], T]) -> T:
                     raise
             time.sleep(random.uniform(wait_s / 2, wait_s))
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+
+def versions_of(settings: Settings, client: Any, name: str) -> list[Any]:
+    """Return all versions of a registered model, oldest first, as MLflow has them."""
+    found: list[Any] = []
+    token: str | None = ""
+    while token is not None:
+        page = patient(
+            settings,
+            partial(
+                client.search_model_versions,
+                f"name='{name}'",
+                max_results=_PAGE,
+                order_by=["version_number ASC"],
+                page_token=token or None,
+            ),
+        )
+        found += page
+        token = page.token or None
+    return sorted(found, key=lambda version: int(version.version))
 
 
 def redacted(text: str) -> str:

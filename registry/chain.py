@@ -16,10 +16,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-from registry.calls import patient, redacted
+from registry.calls import patient, redacted, versions_of
 from registry.history import GENESIS, TEXT, Entry, digest
 from registry.mirror import Mirror
 from routellm.errors import RegistryError
@@ -70,7 +69,9 @@ class History:
             If it was tampered with.
         """
         known = self.mirror.lines()  # before MLflow is read: all that is copied must be there
-        chain = verified(self._rows(), self.name, self._remedy)
+        chain = verified(
+            versions_of(self.settings, self.client, self.name), self.name, self._remedy
+        )
         self.mirror.compare(known, chain.written, self.name, self._remedy)
         try:
             self.mirror.extend(chain.written)
@@ -136,24 +137,6 @@ class History:
                 if exists.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
             create()
-
-    def _rows(self) -> list[Any]:
-        rows: list[Any] = []
-        token: str | None = ""
-        while token is not None:
-            page = patient(
-                self.settings,
-                partial(
-                    self.client.search_model_versions,
-                    f"name='{self.name}'",
-                    max_results=_PAGE,
-                    order_by=["version_number ASC"],
-                    page_token=token or None,
-                ),
-            )
-            rows += page
-            token = page.token or None
-        return sorted(rows, key=lambda row: int(row.version))
 
     @property
     def _remedy(self) -> str:

@@ -50,6 +50,20 @@ class CheckResult:
     n: int | None = None
     detail: str = ""
 
+    @property
+    def measured(self) -> str:
+        """What was measured, with its interval, for a table; "" if nothing was."""
+        if self.value is None:
+            return ""
+        if self.low is None or self.high is None:
+            return f"{self.value:.4g}"
+        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+    @property
+    def limit(self) -> str:
+        """What it was held to, for a table."""
+        return "" if self.threshold is None else f"{self.threshold:g}"
+
 
 class Check(ABC):
     """One thing that a candidate is held to.

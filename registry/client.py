@@ -11,12 +11,11 @@ import logging
 import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from registry import moves, promotion
-from registry.calls import patient, said
+from registry.calls import patient, said, versions_of
 from registry.chain import History
 from registry.gate import Decision
 from registry.history import CHAMPION, Entry, replay, serving_at
@@ -67,20 +66,7 @@ class Registry:
         aliases: dict[str, list[str]] = {}
         for alias, version in self.aliases().items():
             aliases.setdefault(version, []).append(alias)
-        found: list[Any] = []
-        token: str | None = ""
-        while token is not None:
-            page = patient(
-                self.settings,
-                partial(
-                    self.client.search_model_versions,
-                    f"name='{self.model}'",
-                    max_results=1000,
-                    page_token=token or None,
-                ),
-            )
-            found += page
-            token = page.token or None
+        found = versions_of(self.settings, self.client, self.model)
         infos = [_info(v, tuple(sorted(aliases.get(str(v.version), [])))) for v in found]
         return sorted(infos, key=lambda v: -int(v.version))
 
@@ -280,10 +266,9 @@ class Registry:
 
     def smoke(self, uri: str) -> str | None:
         """Load a version in a clean process and ask it; returns why it does not work, or None."""
-        from registry.smoke import smoke
+        from registry.smoke import failure
 
-        found = smoke(self.settings, uri)
-        return None if found.ok else found.why or "it gave no reason"
+        return failure(self.settings)(uri)
 
     # --- for the gateway -------------------------------------------------------------------
 

@@ -133,13 +133,9 @@ def _numbers(evidence: Evidence) -> dict[str, Any]:
 
 def _reason(those: list[CheckResult], word: str) -> str:
     first, more = those[0], len(those) - 1
-    figure = "" if first.value is None or first.low is None else f" {_figure(first)}"
+    figure = "" if first.value is None or first.low is None else f" {first.measured}"
     rest = f", and {more} more {'check' if more == 1 else 'checks'}" if more else ""
     return f"{first.name}{figure} {word}: {first.detail}{rest}"
-
-
-def _figure(one: CheckResult) -> str:
-    return f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
 
 
 def _promoted(evidence: Evidence, numbers: dict[str, Any], gain: CheckResult) -> str:
@@ -150,5 +146,5 @@ def _promoted(evidence: Evidence, numbers: dict[str, Any], gain: CheckResult) ->
         return f"{evidence.nothing_to_compare}; {measured}, random is 0.500"
     return (
         f"{measured} against {numbers['champion_apgr']:.3f} of version "
-        f"{numbers['champion_version']}: {_figure(gain)}"
+        f"{numbers['champion_version']}: {gain.measured}"
     )

@@ -75,14 +75,10 @@ def _checks(checks: tuple[CheckResult, ...]) -> str:
         return "<p>Nothing: the reason above settled it.</p>"
     rows = []
     for one in checks:
-        measured = "" if one.value is None else f"{one.value:.4g}"
-        if one.low is not None and one.high is not None:
-            measured = f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
-        limit = "" if one.threshold is None else f"{one.threshold:g}"
         n = "" if one.n is None else f"{one.n:,}"
         rows.append(
             f'<tr><td>{escape(one.name)}</td><td class="o {one.outcome}">{_MARKS[one.outcome]}</td>'
-            f'<td class="n">{measured}</td><td class="n">{limit}</td><td class="n">{n}</td>'
+            f'<td class="n">{one.measured}</td><td class="n">{one.limit}</td><td class="n">{n}</td>'
             f"<td>{escape(one.detail)}</td></tr>"
         )
     head = (

@@ -266,11 +266,8 @@ def gate_table(checks: Sequence[CheckResult]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for one in checks:
-        measured = "" if one.value is None else f"{one.value:.4g}"
-        if one.low is not None and one.high is not None:
-            measured = rf"{one.value:+.3f} \[{one.low:+.3f}, {one.high:+.3f}]"
-        limit = "" if one.threshold is None else f"{one.threshold:g}"
-        table.add_row(one.name, _MARKS[one.outcome], measured, limit, one.detail)
+        measured = one.measured.replace("[", r"\[")
+        table.add_row(one.name, _MARKS[one.outcome], measured, one.limit, one.detail)
     return table
 
 
