@@ -1,12 +1,11 @@
-"""How wide may ``gaussian_process`` reach? Its error on prompts unlike those it knows.
+"""How wide may the kernel of ``gaussian_process`` be? Its error on prompts unlike those it knows.
 
 Run as ``python -m benchmarks.extrapolation FOLDER`` with a ``model_pool.parquet`` in the folder
 (right answers of nine models on prompts of many tasks). For all 36 pairs of these models at once
 the process is fitted on some prompts of one task, and its squared error is measured on the task's
 other prompts and on all other tasks, in parts of what saying nothing (the mean) has there: above 1
-it does harm. Noise and the slopes' variance are chosen as a router can choose them, by the error on
-the same task; the slopes are on the prompts' features alone. None of the pairs is one that
-benchmarks are about.
+it does harm. Noise and the features' scale are chosen as a router can choose them, by the error on
+the same task. None of the pairs is one that benchmarks are about.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHARPNESS = (0.5, 1.0, 2.0, 4.0)
-TREND = (0.0, 0.01, 0.03)
+FEATURE_SCALE = (0.0, 0.1, 0.2)
 NOISE = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 KNOWN = 400  # prompts that the process is fitted on; tasks with fewer than `ASKED` more are skipped
 ASKED = 20
@@ -36,7 +35,7 @@ class Cell:
     """Errors of one shape: of each task (t,), in parts of what saying nothing has."""
 
     sharpness: float
-    trend: float
+    feature_scale: float
     noise: float
     same: Floats
     others: Floats
@@ -76,26 +75,18 @@ def measure(
     shown = standardised(features, features.mean(axis=0), features.std(axis=0))
     tasks = [t for t in np.unique(task) if (task == t).sum() >= KNOWN + ASKED]
     cells = []
-    for trend in TREND:
+    for scale in FEATURE_SCALE:
+        x = np.hstack([embeddings.astype(np.float64), scale * shown])
         for sharpness in SHARPNESS:
-            errors = np.array(
-                [_errors(embeddings, shown, task == t, gap, sharpness, trend) for t in tasks]
-            )
+            errors = np.array([_errors(x, task == t, gap, sharpness) for t in tasks])
             for i, noise in enumerate(NOISE):
-                cells.append(Cell(sharpness, trend, noise, errors[:, 0, i], errors[:, 1, i]))
+                cells.append(Cell(sharpness, scale, noise, errors[:, 0, i], errors[:, 1, i]))
             if progress:
-                print(f"trend {trend}, sharpness {sharpness}", file=sys.stderr, flush=True)
+                print(f"feature scale {scale}, sharpness {sharpness}", file=sys.stderr, flush=True)
     return cells
 
 
-def _errors(
-    embeddings: NDArray[np.float32],
-    shown: Floats,
-    here: NDArray[np.bool_],
-    gap: Floats,
-    sharpness: float,
-    trend: float,
-) -> Floats:
+def _errors(x: Floats, here: NDArray[np.bool_], gap: Floats, sharpness: float) -> Floats:
     """Return the errors (2, noises) on the same task and on the others, mean of the splits."""
     from routellm.routers.gaussian_process import kernel
 
@@ -105,15 +96,9 @@ def _errors(
     for split in range(SPLITS):
         order = rng.permutation(inside)
         known, asked = order[:KNOWN], order[KNOWN:]
-
-        def covariance(a: NDArray[np.int64], b: NDArray[np.int64]) -> Floats:
-            both: Floats = kernel(embeddings[a], embeddings[b], sharpness)
-            both += trend * (shown[a] @ shown[b].T)
-            return both
-
-        between = covariance(known, known)
+        between = kernel(x[known], x[known], sharpness)
         level = gap[known].mean(axis=0)
-        towards = [covariance(rows, known) for rows in (asked, others)]
+        towards = [kernel(x[rows], x[known], sharpness) for rows in (asked, others)]
         # a task's level is another matter than which of its prompts are hard
         truth = [gap[asked] - level, gap[others] - gap[others].mean(axis=0)]
         for i, noise in enumerate(NOISE):
@@ -159,7 +144,7 @@ def main() -> None:
     )
     headings = (
         "sharpness",
-        "trend",
+        "feature scale",
         "noise",
         "same task",
         "other tasks",
@@ -171,7 +156,7 @@ def main() -> None:
         c = best(cells, sharpness)
         harmful = f"{int((c.others > 1).sum())} of {len(c.others)} tasks"
         table.add_row(
-            *map(str, (c.sharpness, c.trend, c.noise)),
+            *map(str, (c.sharpness, c.feature_scale, c.noise)),
             _shown(c.same), _shown(c.others), harmful,
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 110).print(table)

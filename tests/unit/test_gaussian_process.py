@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from scipy.stats import spearmanr
 
 import routellm.routers.gaussian_process as gp
 from routellm.evaluation.metrics import auc
@@ -64,57 +65,35 @@ def with_relatives(battles, seed=1):
     )
 
 
-def looks(battles, of=None):
-    """Return standardised features (n, f), written down once more."""
+def inputs(battles, scale, of=None):
+    """Return what the kernel compares, written down once more."""
     f = prompt_features(battles.prompts)
     mean, deviation = f.mean(axis=0), f.std(axis=0)
-    asked = f if of is None else prompt_features(of.prompts)
+    vectors, asked = (
+        (battles.embeddings, f) if of is None else (of.embeddings, prompt_features(of.prompts))
+    )
     varied = deviation > 1e-9
     shown = np.zeros_like(asked)
     shown[:, varied] = np.clip((asked - mean)[:, varied] / deviation[varied], -3, 3)
-    return shown
+    return np.hstack([vectors.astype(float), scale * shown])
 
 
-def local(x, z, sharpness):
-    x, z = x.astype(float), z.astype(float)
-    return np.exp(-sharpness * ((x[:, None, :] - z[None, :, :]) ** 2).sum(axis=-1))
-
-
-def foretold(battles, pair, asked):
-    """Return the standings of models that are not the pair at vectors (n, d), standardised.
-
-    By kernel ridge regression over the prompts where the pair does not stand.
-    """
-    stood = standings(battles)
-    own = stood.gap(pair)[1] > 0
-    columns = [i for i, m in enumerate(battles.models) if m not in (pair.strong, pair.weak)]
-    known = stood.weight[~own][:, columns].getnnz(axis=0) >= 100
-    if not known.any():
-        return np.empty((len(asked), 0))
-    residual = stood.residual[~own][:, columns].toarray()[:, known]
-    x, z = battles.embeddings[own], battles.embeddings[~own]
-    solved = np.linalg.solve(local(z, z, 2.0) + 4.0 * np.eye(len(z)), residual)
-    there = local(x, z, 2.0) @ solved
-    return (local(asked, z, 2.0) @ solved - there.mean(axis=0)) / there.std(axis=0)
-
-
-def covariance(battles, pair, shape, of=None):
-    """Return that of prompts with the pair's own, (n, own)."""
-    own = standings(battles).gap(pair)[1] > 0
-    x = battles.embeddings[own]
-    z = x if of is None else of.embeddings
-    look, its = looks(battles)[own], looks(battles)[own] if of is None else looks(battles, of)
-    at_large = np.hstack([look, foretold(battles, pair, x)])
-    its_at_large = np.hstack([its, foretold(battles, pair, z)])
-    return local(z, x, shape.sharpness) + shape.trend * its_at_large @ at_large.T
+def squared_distance(x, z):
+    return ((x[:, None, :] - z[None, :, :]) ** 2).sum(axis=-1)
 
 
 def plain_mean(battles, pair, shape, asked):
-    """Return the posterior mean (n,) at other battles' prompts, from all the pair's at once."""
+    """Return the posterior mean (n,) at other battles' prompts, by scikit-learn."""
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import RBF
+
     gap, weight = standings(battles).gap(pair)
     told = weight > 0
-    between = covariance(battles, pair, shape) + np.diag(shape.noise / weight[told])
-    return covariance(battles, pair, shape, of=asked) @ np.linalg.solve(between, gap[told])
+    process = GaussianProcessRegressor(
+        RBF(1.0 / np.sqrt(2.0 * shape.sharpness)), alpha=shape.noise / weight[told], optimizer=None
+    )
+    process.fit(inputs(battles, shape.feature_scale)[told], gap[told])
+    return process.predict(inputs(battles, shape.feature_scale, of=asked))
 
 
 @pytest.mark.parametrize("kinds", [("golden",), ("golden", "judge")])
@@ -139,8 +118,9 @@ def test_leaving_out_in_closed_form_is_fitting_again_without_each_prompt():
     truth, known = standings(battles, only="golden").gap(PAIR)
     expected = []
     for sharpness in gp.SHARPNESS:
-        for trend in gp.TREND:
-            k = covariance(battles, PAIR, gp.Shape(sharpness, trend, 0.0))
+        for scale in gp.FEATURE_SCALE:
+            x = inputs(battles, scale)
+            k = np.exp(-sharpness * squared_distance(x, x))
             for noise in gp.NOISE:
                 errors = []
                 for i in np.flatnonzero(known):  # judged by the trusted kind alone
@@ -179,41 +159,12 @@ def test_a_rule_in_a_prompts_look_is_learnt_and_by_neighbours_it_is_not():
     assert found["knn"] < 0.6
 
 
-def test_what_others_are_foretold_to_do_counts_by_what_it_proved_worth():
-    """A stranger who does well where strong does badly is heard, the other way round."""
-    rng = np.random.default_rng(3)
-    own, _ = drawn(300, dimensions=24)
-    more, easy = drawn(1200, seed=4, dimensions=24)
-    flips = rng.random(1200) < np.where(easy, 0.05, 0.95)
-    both = replace(
-        own,
-        prompts=own.prompts + more.prompts,
-        embeddings=np.vstack([own.embeddings, more.embeddings]),
-        models=("gpt-4", "stranger", "mixtral-8x7b", "other"),
-        prompt=np.arange(1500),
-        model_a=np.r_[own.model_a, np.full(1200, 1)],
-        model_b=np.r_[own.model_b, np.full(1200, 3)],
-        preference_a=np.r_[own.preference_a, flips.astype(float)],
-        weight=np.ones(1500),
-        label_kind=np.full(1500, "golden"),
-        validation=np.arange(1500) % 5 == 0,
-    )
-    asked, truth = drawn(500, seed=9, dimensions=24)
-    found = {}
-    for name, battles in (("alone", own), ("with others", both)):
-        router, report = train("gaussian_process", battles, None, seed=0, options=OWN_ONLY)
-        rates = router.score(asked.prompts, asked.embeddings)
-        found[name] = auc(rates, truth.astype(float), 1.0 - truth, np.ones(500))
-    assert report.params["foretold_models"] == 2
-    assert found["with others"] > found["alone"] + 0.02
-
-
 def test_a_prompts_look_is_left_out_where_only_its_meaning_counts():
     """Features are a chance to overfit: they are scaled by leave-one-out error, down to 0."""
     battles, _ = drawn(400, dimensions=3)
     asked, hard = drawn(300, seed=9, dimensions=3)
     router, _ = train("gaussian_process", battles, None, seed=0)
-    assert router.shape_.trend < max(gp.TREND)
+    assert router.shape_.feature_scale < max(gp.FEATURE_SCALE)
     rates = router.score(asked.prompts, asked.embeddings)
     assert auc(rates, hard.astype(float), 1.0 - hard, np.ones(300)) > 0.95
 
@@ -322,9 +273,10 @@ def test_a_rare_trusted_kind_still_decides_when_prompts_are_many(seed, monkeypat
 
 def test_with_more_prompts_than_are_chosen_by_the_same_rule_is_found(monkeypatch):
     battles, _ = drawn(500, numbers=True, dimensions=64)
-    asked, many = drawn(200, seed=9, numbers=True, dimensions=64)
+    asked, _ = drawn(200, seed=9, numbers=True, dimensions=64)
+    rates = []
     for most in (4000, 250):
         monkeypatch.setattr(gp, "_CHOOSE_BY", most)
         router, _ = train("gaussian_process", battles, None, seed=0)
-        rates = router.score(asked.prompts, asked.embeddings)
-        assert auc(rates, many.astype(float), 1.0 - many, np.ones(200)) > 0.98
+        rates.append(router.score(asked.prompts, asked.embeddings))
+    assert spearmanr(*rates).statistic > 0.95
