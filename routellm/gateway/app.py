@@ -1,30 +1,43 @@
-"""The gateway's HTTP face: OpenAI's Chat Completions in, the chosen upstream's answer out."""
+"""The gateway's HTTP face: OpenAI's and Anthropic's protocols in, a chosen model's answer out."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator
+import logging
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import generate_latest
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from routellm import __version__
 from routellm.errors import GatewayError
-from routellm.gateway.decide import Routed
+from routellm.gateway.body import Body
+from routellm.gateway.endpoints import CHAT, ENDPOINTS, Endpoint
+from routellm.gateway.exchange import Observer
+from routellm.gateway.feedback import Feedback, FeedbackParts
 from routellm.gateway.gateway import Gateway
+from routellm.gateway.keys import Keys
+from routellm.gateway.limits import Limits
+from routellm.gateway.logs import RequestLog, flush_logs
+from routellm.gateway.money import Money
+from routellm.gateway.nudge import MOST_NUDGE_BYTES, Nudge
+from routellm.gateway.openapi import ERRORS, FEEDBACK, PASSED_ON, request_of
+from routellm.gateway.proxy import ClientLeft, Proxy, read
 from routellm.gateway.source import RouterSource
+from routellm.gateway.status_page import add_routes
+from routellm.gateway.traces import Traces
+from routellm.gateway.upstreams import Upstreams
 from routellm.settings import GatewaySettings
 
-# what belongs to one connection, or is set anew
-_NOT_FORWARDED = frozenset(
-    {"content-length", "transfer-encoding", "connection", "keep-alive", "server", "date"}
-)
+log = logging.getLogger("routellm.gateway")
+
+_MOST_FEEDBACK_BYTES = 10_000
 
 
 def create_app(
@@ -32,8 +45,10 @@ def create_app(
     source: RouterSource,
     *,
     home: Path,
-    cache_path: Path | None = None,
     challenger: RouterSource | None = None,
+    money: Money | None = None,
+    observers: Sequence[Observer] = (),
+    feedback: FeedbackParts | None = None,
 ) -> FastAPI:
     """Return the gateway as an ASGI app.
 
@@ -44,31 +59,87 @@ def create_app(
         ``settings.challenger`` is off.
     home : Path
         Where the last good copy and the online evidence are kept.
+    money : Money, optional
+        Prices; without them no dollars are told.
+    observers : sequence of Observer
+        Told of every request once it is over.
+    feedback : FeedbackParts, optional
+        Records decisions and takes judgements; without it there is no ``/v1/feedback``.
 
     Raises
     ------
     UsageError
-        If an upstream is not set, or a challenger is wanted and has no source.
+        If an upstream is not set, a challenger is wanted and has no source, or traces cannot be
+        sent.
     """
-    gateway = Gateway(settings, source, home, cache_path, challenger)
+    gateway = Gateway(settings, source, home, challenger, money)
+    upstreams = Upstreams(settings, gateway.metrics)
+    keys, limits = Keys(home / "keys.json"), Limits(home / "spend.db")
+    told = [gateway.metrics.seen, *observers]
+    if settings.log_format != "off":
+        told.append(RequestLog(prompts=settings.log_prompts).seen)
+    traces = Traces.to(settings.otlp_endpoint)
+    if traces is not None:
+        told.append(traces.seen)
+    takes = None
+    if feedback is not None:
+        takes = Feedback(feedback, upstreams, gateway.metrics, gateway.money)
+        told.append(takes.seen)
+    proxy = Proxy(gateway, upstreams, keys, limits, told, takes)
+    nudge = Nudge(home / "gateway" / "nudged", settings.nudge_secret, keys)
+    gateway.follower.hear(nudge.given, settings.nudge_jitter_s)
+    if gateway.challenger is not None:
+        gateway.challenger.follower.hear(nudge.given, settings.nudge_jitter_s)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        limits.open()  # here: SQLite ties a connection to its thread
         await asyncio.to_thread(gateway.start)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
-        timeout = httpx.Timeout(settings.timeout_s, connect=10.0)
-        async with httpx.AsyncClient(timeout=timeout, limits=limits) as client:
-            app.state.client = client
-            yield
+        if takes is not None:
+            await asyncio.to_thread(takes.writer.start)
+        yield
+        if takes is not None:
+            await takes.end()
+        await upstreams.close()
+        limits.close()
         await asyncio.to_thread(gateway.stop)
+        if traces is not None:
+            await asyncio.to_thread(traces.stop)
+        await asyncio.to_thread(flush_logs)
 
-    app = FastAPI(title="RouteLLM gateway", version=__version__, lifespan=lifespan)
+    app = FastAPI(
+        title="RouteLLM gateway",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.gateway = gateway
+    app.state.proxy = proxy
 
     @app.exception_handler(GatewayError)
-    async def refuse(_: Request, error: GatewayError) -> JSONResponse:
-        gateway.metrics.requests.labels("refused", str(error.status)).inc()
-        return _error(str(error), error.status, error.code)
+    async def refuse(request: Request, error: GatewayError) -> JSONResponse:
+        return _error(error, anthropic=request.url.path == "/v1/messages")
+
+    @app.exception_handler(ClientLeft)
+    async def nobody(request: Request, error: ClientLeft) -> Response:
+        return Response(status_code=499)  # which nobody reads
+
+    @app.exception_handler(HTTPException)
+    async def refuse_path(request: Request, error: HTTPException) -> JSONResponse:
+        told = {404: "there is nothing at this address", 405: "this address takes another method"}
+        message = told.get(error.status_code, "the request cannot be served")
+        refused = GatewayError(message, status=error.status_code, code="not_found")
+        answer = await refuse(request, refused)
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(Exception)
+    async def broke(request: Request, error: Exception) -> JSONResponse:
+        log.error("%s failed: %s", request.url.path[:100], type(error).__name__)
+        return await refuse(
+            request, GatewayError("the gateway failed on it", status=500, code="internal")
+        )
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -78,29 +149,60 @@ def create_app(
     async def readyz() -> JSONResponse:
         return JSONResponse(gateway.ready())
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(
-            generate_latest(gateway.metrics.registry), media_type="text/plain; version=0.0.4"
+    def let_in(headers: Mapping[str, str]) -> None:
+        if not settings.open_metrics:
+            keys.admin(headers)
+
+    def problems() -> list[str]:
+        away = [route for route, end in upstreams.ends.items() if end.breaker.is_open]
+        return [keys.problem, *(f"The {r} model keeps failing and is left alone." for r in away)]
+
+    add_routes(app, gateway, let_in, problems)
+
+    @app.get("/metrics", responses=ERRORS, response_class=PlainTextResponse)
+    def metrics(request: Request) -> Response:  # in a thread: it takes milliseconds
+        let_in(request.headers)
+        return PlainTextResponse(
+            gateway.metrics.exposition(), media_type="text/plain; version=0.0.4"
         )
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    @app.post("/admin/look", status_code=202, responses=ERRORS)
+    async def look(request: Request) -> dict[str, str]:
+        body = await read(request, MOST_NUDGE_BYTES)
+        nudge.let_in(request.headers, body)
+        nudge.give()
+        return {"status": "the alias is looked at soon"}
+
+    def models_here() -> list[dict[str, Any]]:
         serving = gateway.follower.serving
         names = ["router", *(u.model for u in gateway.upstreams.values())]
         if serving is not None:
             half = serving.bundle.calibration.threshold(0.5)
             names.insert(1, f"router-{serving.bundle.kind}-{half:.4f}")
-        return {
-            "object": "list",
-            "data": [
-                {"id": n, "object": "model", "created": 0, "owned_by": "routellm"} for n in names
-            ],
-        }
+        return [{"id": n, "object": "model", "created": 0, "owned_by": "routellm"} for n in names]
 
-    @app.post("/v1/route")
+    @app.get("/v1/models", responses=ERRORS)
+    async def models(request: Request) -> dict[str, Any]:
+        keys.caller(request.headers)
+        return {"object": "list", "data": models_here()}
+
+    @app.get("/v1/models/{model:path}", responses=ERRORS)
+    async def one_model(model: str, request: Request) -> dict[str, Any]:
+        keys.caller(request.headers)
+        for found in models_here():
+            if found["id"] == model:
+                return found
+        raise GatewayError(
+            f"there is no model {model[:80]!r} here: GET /v1/models lists them",
+            status=404,
+            code="model_not_found",
+        )
+
+    @app.post("/v1/route", responses=ERRORS, openapi_extra=request_of(CHAT.path))
     async def route(request: Request) -> JSONResponse:
-        routed = await gateway.decide(await _body(request, settings), request.headers)
+        body = Body.parse(await read(request, settings.max_body_bytes))
+        caller = keys.caller(request.headers)
+        routed = await gateway.decide(CHAT, body.fields, request.headers, caller, only_look=True)
         return JSONResponse(
             {
                 "route": routed.route,
@@ -114,77 +216,42 @@ def create_app(
             }
         )
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        body = await _body(request, settings)
-        routed = await gateway.decide(body, request.headers)
-        upstream = gateway.upstreams[routed.route]
-        body.pop("routing", None)
-        body["model"] = upstream.model
-        headers = {"content-type": "application/json"}
-        if upstream.api_key is not None:
-            headers["authorization"] = f"Bearer {upstream.api_key.get_secret_value()}"
-        client: httpx.AsyncClient = request.app.state.client
-        sent = client.build_request(
-            "POST",
-            upstream.base_url.rstrip("/") + "/chat/completions",
-            content=json.dumps(body).encode(),
-            headers=headers,
+    if takes is not None:
+
+        @app.post("/v1/feedback", responses=ERRORS, openapi_extra=FEEDBACK)
+        async def judge(request: Request) -> JSONResponse:
+            caller = keys.caller(request.headers)
+            body = Body.parse(await read(request, _MOST_FEEDBACK_BYTES))
+            return JSONResponse(await takes.take(body.fields, caller.id))
+
+    def add(endpoint: Endpoint) -> None:
+        @app.post(
+            f"/v1/{endpoint.path}",
+            name=endpoint.path,
+            responses=PASSED_ON,
+            openapi_extra=request_of(endpoint.path),
         )
-        try:
-            answer = await client.send(sent, stream=True)
-        except httpx.TimeoutException:
-            gateway.metrics.requests.labels(routed.route, "504").inc()
-            return _error("the model did not answer in time", 504, "timeout", routed)
-        except httpx.HTTPError as error:
-            gateway.metrics.requests.labels(routed.route, "502").inc()
-            return _error(
-                f"the {routed.route} model cannot be reached ({type(error).__name__})",
-                502,
-                "upstream_unreachable",
-                routed,
-            )
-        gateway.metrics.requests.labels(routed.route, str(answer.status_code)).inc()
-        kept = {k: v for k, v in answer.headers.items() if k.lower() not in _NOT_FORWARDED}
+        async def passed_on(request: Request) -> Response:
+            return await proxy.answer(endpoint, request)
 
-        async def pass_on() -> AsyncIterator[bytes]:
-            # raw bytes as they arrive; closing it (a client that left) closes the upstream
-            try:
-                async for chunk in answer.aiter_raw():
-                    yield chunk
-            finally:
-                await answer.aclose()
+        # FastAPI's route is for the document: it takes a tenth of a millisecond to find out that
+        # there is nothing to parse. Starlette's own, which stands before it, answers
+        app.router.routes.insert(0, Route(f"/v1/{endpoint.path}", passed_on, methods=["POST"]))
 
-        return StreamingResponse(
-            pass_on(), status_code=answer.status_code, headers={**kept, **routed.headers()}
-        )
-
+    for endpoint in reversed(ENDPOINTS):
+        add(endpoint)
     return app
 
 
-async def _body(request: Request, settings: GatewaySettings) -> dict[str, Any]:
-    """Read a JSON object of bounded size."""
-    raw = bytearray()
-    async for chunk in request.stream():
-        raw += chunk
-        if len(raw) > settings.max_body_bytes:
-            raise GatewayError(
-                f"the request is over {settings.max_body_bytes} bytes", status=413, code="too_large"
-            )
-    try:
-        body = json.loads(bytes(raw))
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict):
-        raise GatewayError("the request body is not a JSON object")
-    return body
-
-
-def _error(message: str, status: int, code: str, routed: Routed | None = None) -> JSONResponse:
-    """Return an error in OpenAI's shape."""
-    kind = "invalid_request_error" if status < 500 else "api_error"
-    return JSONResponse(
-        {"error": {"message": message, "type": kind, "param": None, "code": code}},
-        status_code=status,
-        headers=routed.headers() if routed else None,
-    )
+def _error(error: GatewayError, *, anthropic: bool) -> JSONResponse:
+    """Return an error in the shape of the protocol that was spoken."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    kind = "invalid_request_error" if error.status < 500 else "api_error"
+    doc: dict[str, Any] = {
+        "error": {"message": str(error), "type": kind, "param": None, "code": error.code}
+    }
+    if anthropic:
+        doc = {"type": "error", "error": {"type": kind, "message": str(error)}}
+    return JSONResponse(doc, status_code=error.status, headers=headers)

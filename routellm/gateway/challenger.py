@@ -14,12 +14,14 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
-from routellm.gateway.decide import Scored, Target, on_canary_side
+from routellm.embeddings.memory import Encoders
+from routellm.gateway.decide import Scored, on_canary_side
 from routellm.gateway.evidence import Evidence
 from routellm.gateway.follow import Follower, Serving
 from routellm.gateway.lane import Lane
 from routellm.gateway.metrics import Metrics
 from routellm.gateway.source import RouterSource, VersionRef
+from routellm.gateway.targets import QueryPrices, Target
 from routellm.settings import GatewaySettings
 
 log = logging.getLogger("routellm.gateway")
@@ -38,11 +40,18 @@ class Challenger:
     """
 
     def __init__(
-        self, settings: GatewaySettings, source: RouterSource, home: Path, metrics: Metrics
+        self,
+        settings: GatewaySettings,
+        source: RouterSource,
+        home: Path,
+        metrics: Metrics,
+        encoders: Encoders,
+        prices: QueryPrices,
     ) -> None:
+        self.prices = prices
         self.mode = settings.challenger
         self.fraction = settings.canary_fraction
-        self.follower = Follower(source, None, settings.poll_s)
+        self.follower = Follower(source, None, settings.poll_s, encoders)
         self.evidence = Evidence(home / "online", self.mode)
         self.metrics = metrics
         self._lane: tuple[VersionRef, Lane] | None = None
@@ -77,16 +86,20 @@ class Challenger:
         return one, self.follower.problem
 
     async def decide(
-        self, champion: Serving, target: Target, user: str, prompt: str
+        self, champion: Serving, target: Target, user: str, first_turn: str, prompt: str
     ) -> tuple[Serving, Scored] | None:
-        """Return a canary's decision, or None where the champion decides."""
+        """Return a canary's decision, or None where the champion decides.
+
+        The first user turn names the conversation, which stays on one side.
+        """
         if self.mode != "canary":
             return None
         one = self._asked(champion, target)
-        if one is None or not on_canary_side(one.ref.version, user, prompt, self.fraction):
+        if one is None or not on_canary_side(one.ref.version, user, first_turn, self.fraction):
             return None
         try:
-            work = self._lane_of(one).submit(partial(one.score, prompt, target))
+            threshold = target.threshold_on(one.bundle, self.prices)
+            work = self._lane_of(one).submit(partial(one.score, prompt, threshold))
             scored = await asyncio.wait_for(asyncio.wrap_future(work), PATIENCE_S[self.mode])
         except queue.Full:
             self._drop(one)
@@ -96,6 +109,11 @@ class Challenger:
             return None
         self._count(one, target, scored)
         return one, scored
+
+    def share(self, champion: Serving, target: Target) -> float:
+        """Return the share of such requests that a canary decides for; 0 without one."""
+        stands = self.mode == "canary" and self._asked(champion, target) is not None
+        return self.fraction if stands else 0.0
 
     def watch(self, champion: Serving, target: Target, prompt: str, route: str) -> None:
         """Queue a prompt that the champion has decided for the shadow; returns at once."""
@@ -107,7 +125,7 @@ class Challenger:
 
         def work() -> None:
             try:
-                scored = one.score(prompt, target)
+                scored = one.score(prompt, target.threshold_on(one.bundle, self.prices))
             except Exception as error:
                 self._fail(one, error)
             else:
@@ -143,7 +161,7 @@ class Challenger:
         self.evidence.answered(
             one.ref,
             strong=scored.route == "strong",
-            asked=one.asked_fraction(target),
+            asked=target.fraction_on(one.bundle, self.prices),
             latency_ms=scored.latency_ms,
             agreed=agreed,
         )

@@ -1,90 +1,13 @@
-"""The decision: which prompt is scored, against which threshold, and where the query goes."""
+"""The decision: what a version makes of a prompt, and where the query goes."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from routellm.errors import GatewayError
-from routellm.settings import GatewaySettings
-
-# RouteLLM's own names: router-[kind]-[threshold]
-_NAMED = re.compile(r"router-([a-z_]+)-([0-9.eE+-]+)")
-_SCORED_CHARS = 20_000  # an encoder reads less than this; a longer prompt is forwarded whole
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a request asks for: at most one of the two is set."""
-
-    threshold: float | None = None
-    strong_fraction: float | None = None
-    kind: str | None = None  # router kind that the model name insists on
-
-
-def prompt_of(body: Mapping[str, Any]) -> str:
-    """Return what is scored: the text of the first user turn, as in training.
-
-    Raises
-    ------
-    GatewayError
-        If there are no messages, or none is from a user.
-    """
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise GatewayError("`messages` must be a list with at least one message")
-    for message in messages:
-        if isinstance(message, Mapping) and message.get("role") == "user":
-            content = message.get("content")
-            if isinstance(content, list):
-                parts = [p for p in content if isinstance(p, Mapping)]
-                content = "\n".join(p["text"] for p in parts if isinstance(p.get("text"), str))
-            return (content if isinstance(content, str) else "")[:_SCORED_CHARS]
-    raise GatewayError("no message has the role `user`: there is no query to route")
-
-
-def target_of(
-    body: Mapping[str, Any], headers: Mapping[str, str], settings: GatewaySettings
-) -> Target:
-    """Return what a request asks for: the model name, else the body, else headers, else settings.
-
-    Raises
-    ------
-    GatewayError
-        If a value is not a number in [0, 1], or two ask for different things.
-    """
-    name = str(body.get("model", ""))
-    if named := _NAMED.fullmatch(name):
-        return Target(threshold=_share(named.group(2), "threshold"), kind=named.group(1))
-    routing = body.get("routing")
-    if routing is not None and not isinstance(routing, Mapping):
-        raise GatewayError("`routing` must be an object with `threshold` or `strong_fraction`")
-    if routing and not set(routing) <= {"threshold", "strong_fraction"}:
-        raise GatewayError(f"`routing` knows threshold and strong_fraction, not {sorted(routing)}")
-    threshold = (routing or {}).get("threshold", headers.get("x-routellm-threshold"))
-    fraction = (routing or {}).get("strong_fraction", headers.get("x-routellm-strong-fraction"))
-    if threshold is not None and fraction is not None:
-        raise GatewayError("ask for a threshold or a strong fraction, not both")
-    if threshold is not None:
-        return Target(threshold=_share(threshold, "threshold"))
-    if fraction is not None:
-        return Target(strong_fraction=_share(fraction, "strong fraction"))
-    if settings.threshold is not None:
-        return Target(threshold=settings.threshold)
-    return Target(strong_fraction=settings.strong_fraction)
-
-
-def _share(raw: Any, what: str) -> float:
-    try:
-        value = float(raw)
-    except (TypeError, ValueError):
-        value = float("nan")
-    if not 0.0 <= value <= 1.0:
-        raise GatewayError(f"{what} {str(raw)[:40]!r} is not a number in [0, 1]")
-    return value
+from routellm.routers.base import Pair
 
 
 def user_of(body: Mapping[str, Any]) -> str:
@@ -129,6 +52,10 @@ class Routed:
     win_rate: float | None = None
     threshold: float | None = None
     canary: bool = False  # whether a challenger decided
+    named: bool = False  # whether the request named the model: no other may answer
+    probability: float = 1.0  # with which this version was the one to decide, beside a canary
+    prompt: str | None = field(default=None, repr=False)  # what was scored
+    pair: Pair | None = None  # of the version that decided
 
     def headers(self) -> dict[str, str]:
         """Return the response headers that say so."""

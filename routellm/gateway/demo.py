@@ -18,8 +18,13 @@ def demo_upstream() -> FastAPI:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request) -> JSONResponse | StreamingResponse:
         body: dict[str, Any] = await request.json()
-        last = body["messages"][-1].get("content")
+        try:
+            last = body["messages"][-1]["content"]
+        except (LookupError, TypeError):
+            error = {"message": "no last message", "type": "invalid_request_error"}
+            return JSONResponse({"error": error}, 400)
         said = last if isinstance(last, str) else "(parts)"
+        said = said.encode(errors="replace").decode()  # JSON may name half a character
         words = f"[demo echo by {body['model']}] {said}".split(" ")
         head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": body["model"]}
         if body.get("stream"):

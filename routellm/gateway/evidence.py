@@ -103,7 +103,8 @@ class Evidence:
     def stop(self) -> None:
         """Write what is left."""
         self._stop.set()
-        self._thread.join(timeout=10)
+        if self._thread.is_alive():  # a start may be under way in another thread
+            self._thread.join(timeout=10)
         self.write()
 
     def answered(

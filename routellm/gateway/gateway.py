@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict, deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from routellm.embeddings.memory import Encoders
 from routellm.errors import GatewayError, UsageError
 from routellm.gateway.challenger import Challenger
-from routellm.gateway.decide import Routed, Scored, Target, prompt_of, target_of, user_of
+from routellm.gateway.decide import Routed, Scored, user_of
+from routellm.gateway.endpoints import Endpoint, scored_text
 from routellm.gateway.follow import Follower, Serving
+from routellm.gateway.keys import Caller
 from routellm.gateway.metrics import Metrics
+from routellm.gateway.money import Money
+from routellm.gateway.pacer import Pacers
+from routellm.gateway.scoring import Scorer
 from routellm.gateway.source import RouterSource
+from routellm.gateway.targets import QueryPrices, Target, target_of
 from routellm.settings import GatewaySettings, Upstream
 
 log = logging.getLogger("routellm.gateway")
+
+_STORED = 50_000  # answers whose upstream is remembered
 
 
 class Gateway:
@@ -27,8 +36,8 @@ class Gateway:
         settings: GatewaySettings,
         source: RouterSource,
         home: Path,
-        cache_path: Path | None = None,
         challenger: RouterSource | None = None,
+        money: Money | None = None,
     ) -> None:
         if settings.strong is None or settings.weak is None:
             raise UsageError(
@@ -38,8 +47,18 @@ class Gateway:
             )
         self.settings = settings
         self.upstreams: dict[str, Upstream] = {"strong": settings.strong, "weak": settings.weak}
+        self.target = Target.of_settings(
+            threshold=settings.threshold,
+            strong_fraction=settings.strong_fraction,
+            quality=settings.quality,
+            max_usd=settings.max_usd,
+        )
+        self.money = money or Money()
+        self.prices = QueryPrices.of(self.money, settings.strong.model, settings.weak.model)
+        self.pacers = Pacers(window=settings.pacer_window, most_odds=settings.pacer_most_odds)
         self.metrics = Metrics()
-        self.follower = Follower(source, home / "gateway", settings.poll_s, cache_path)
+        encoders = Encoders()
+        self.follower = Follower(source, home / "gateway", settings.poll_s, encoders)
         self.challenger: Challenger | None = None
         if settings.challenger != "off":
             if challenger is None:
@@ -47,9 +66,11 @@ class Gateway:
                     f"gateway.challenger is {settings.challenger}, and no source of challengers "
                     "was given: set it to off, or give one to create_app"
                 )
-            self.challenger = Challenger(settings, challenger, home, self.metrics)
-        # scoring holds the interpreter for milliseconds: off the event loop, one at a time
-        self.scorers = ThreadPoolExecutor(1, thread_name_prefix="score")
+            self.challenger = Challenger(
+                settings, challenger, home, self.metrics, encoders, self.prices
+            )
+        self._scorers: deque[Scorer] = deque()
+        self._stored: OrderedDict[str, str] = OrderedDict()
         self._add_gauges()
 
     def _add_gauges(self) -> None:
@@ -96,7 +117,8 @@ class Gateway:
         self.follower.stop()
         if self.challenger is not None:
             self.challenger.stop()
-        self.scorers.shutdown(wait=False)
+        for scorer in self._scorers:
+            scorer.close()
 
     def _challenger(self) -> tuple[Serving | None, str]:
         if self.challenger is None:
@@ -124,13 +146,29 @@ class Gateway:
             }
         return doc
 
-    async def decide(self, body: dict[str, Any], headers: Any) -> Routed:
-        """Return where a request goes."""
-        model = str(body.get("model", ""))
+    async def decide(
+        self,
+        endpoint: Endpoint,
+        fields: Mapping[str, Any],
+        headers: Mapping[str, str],
+        caller: Caller,
+        *,
+        only_look: bool = False,
+    ) -> Routed:
+        """Return where a request goes; one that is only a look counts for no pacer.
+
+        Raises
+        ------
+        GatewayError
+            If it asks for a model that is not here, for what no version can do, or has no query.
+        """
+        model = str(fields.get("model", ""))
+        if not endpoint.routed:
+            return self._not_routed(model)
         for route, upstream in self.upstreams.items():
             if model == upstream.model:
-                return Routed(route, upstream.model, "the model was named")
-        target = target_of(body, headers, self.settings)
+                return Routed(route, upstream.model, "the model was named", named=True)
+        target = target_of(fields, headers, caller.target, self.target)
         if model != "router" and target.kind is None:
             raise GatewayError(
                 f"unknown model {model[:80]!r}: use `router`, `router-KIND-THRESHOLD`, "
@@ -138,7 +176,10 @@ class Gateway:
                 status=404,
                 code="model_not_found",
             )
-        prompt = prompt_of(body)
+        turns = endpoint.turns(fields)
+        earlier = fields.get("previous_response_id")
+        if isinstance(earlier, str):  # only who gave that answer has it
+            return self._continued(earlier)
         serving = self.follower.serving  # one read: this request stays with this version
         if serving is None:
             return self._fall_back("there is no router to ask")
@@ -148,24 +189,84 @@ class Gateway:
                 f"model {model[:80]!r} asks for a {target.kind} router, and version "
                 f"{serving.ref.version} is {kind}: use `router` or `router-{kind}-THRESHOLD`"
             )
-        if self.challenger is not None:
-            canary = await self.challenger.decide(serving, target, user_of(body), prompt)
-            if canary is not None:
-                return self._routed(*canary, target, canary=True)
-        loop = asyncio.get_running_loop()
         try:
-            scored = await loop.run_in_executor(self.scorers, serving.score, prompt, target)
-        except Exception as error:  # a broken router costs routing, never the answer
+            threshold = target.threshold_on(serving.bundle, self.prices)
+        except GatewayError as error:
+            if target.by_request:
+                raise
+            return self._fall_back(str(error))
+        prompt = scored_text(turns, self.settings.scored, self.settings.scored_tokens)
+        share = 0.0
+        if self.challenger is not None:
+            share = self.challenger.share(serving, target)
+            canary = await self.challenger.decide(
+                serving, target, user_of(fields), turns[0], prompt
+            )
+            if canary is not None:
+                return self._routed(*canary, target, prompt, share, canary=True)
+        try:
+            rate, latency_ms = await self._scorer(serving).rate(prompt)
+        except Exception as error:  # a broken or slow router costs routing, never the answer
             log.error("version %s failed to score: %s", serving.ref.version, type(error).__name__)
             self.metrics.failed(serving.ref, "champion")
             return self._fall_back(f"the router failed ({type(error).__name__})")
+        if self.settings.pacer and target.paced:
+            pacer = self.pacers.of(
+                caller.id,
+                serving.ref.version,
+                serving.bundle.calibration,
+                target.fraction_on(serving.bundle, self.prices),
+            )
+            threshold = pacer.threshold(rate) if only_look else pacer.decide(rate)
+        scored = serving.scored(rate, threshold, latency_ms)
         self.metrics.answered(serving.ref, "champion", scored)
         if self.challenger is not None:
             self.challenger.watch(serving, target, prompt, scored.route)
-        return self._routed(serving, scored, target)
+        return self._routed(serving, scored, target, prompt, 1.0 - share)
+
+    def _not_routed(self, model: str) -> Routed:
+        """Return where embeddings go: to the model that is named, at the endpoint for them."""
+        own = self.settings.embeddings
+        if model == "router" and own is None:
+            raise GatewayError(
+                "embeddings are not routed: name the model (or set gateway.embeddings)",
+                status=404,
+                code="model_not_found",
+            )
+        named = own.model if own is not None and model == "router" else model
+        return Routed("embeddings", named, "embeddings are not routed", named=True)
+
+    def _scorer(self, serving: Serving) -> Scorer:
+        """Return the scorer of the version that serves; the one before ends once it is done."""
+        for scorer in self._scorers:
+            if scorer.serving is serving:
+                return scorer
+        self._scorers.append(Scorer(serving, self.settings.routing_timeout_s))
+        if len(self._scorers) > 2:  # requests in flight may still be with the one before
+            self._scorers.popleft().close()
+        return self._scorers[-1]
+
+    def remember(self, answer_id: str, route: str) -> None:
+        """Remember whose a stored answer is, for the request that goes on from it."""
+        self._stored[answer_id] = route
+        if len(self._stored) > _STORED:
+            self._stored.popitem(last=False)
+
+    def _continued(self, answer_id: str) -> Routed:
+        route = self._stored.get(answer_id)
+        if route is None:
+            return self._fall_back("the answer it goes on from is not known here")
+        return Routed(route, self.upstreams[route].model, "who gave the answer before", named=True)
 
     def _routed(
-        self, by: Serving, scored: Scored, target: Target, *, canary: bool = False
+        self,
+        by: Serving,
+        scored: Scored,
+        target: Target,
+        prompt: str,
+        probability: float = 1.0,
+        *,
+        canary: bool = False,
     ) -> Routed:
         return Routed(
             scored.route,
@@ -176,6 +277,9 @@ class Gateway:
             scored.win_rate,
             scored.threshold,
             canary,
+            probability=probability,
+            prompt=prompt,
+            pair=by.bundle.pair,
         )
 
     def _fall_back(self, why: str) -> Routed:
@@ -185,6 +289,4 @@ class Gateway:
 
 
 def _why(target: Target) -> str:
-    if target.threshold is not None:
-        return "win rate against the threshold asked for"
-    return f"win rate against the threshold for a strong fraction of {target.strong_fraction:g}"
+    return f"win rate against {target}, asked for by the {target.asked_by}"

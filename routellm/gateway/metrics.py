@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from routellm.gateway.decide import Scored
+from routellm.gateway.exchange import Exchange
 from routellm.gateway.source import VersionRef
 
-_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_SECONDS = (
+    0.0005,
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+)
 
 
 class Metrics:
@@ -17,10 +36,32 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._own = CollectorRegistry()
         self.requests = self._counter(
             "routellm_requests", "Requests by route and status", "route", "status"
         )
         self.fallbacks = self._counter("routellm_fallbacks", "Queries answered without a router")
+        self.stand_ins = self._counter(
+            "routellm_stand_ins", "Queries that the other model answered", "route", "why"
+        )
+        self.retries = self._counter("routellm_retries", "Further tries of an upstream", "route")
+        self.first_byte = self._seconds_of(
+            "routellm_upstream_first_byte_seconds", "Until an upstream's answer began", "route"
+        )
+        self.upstream = self._seconds_of(
+            "routellm_upstream_seconds", "Until an upstream's answer ended", "route"
+        )
+        self.routing = self._seconds_of("routellm_routing_seconds", "Of a decision")
+        self.tokens = self._counter(
+            "routellm_tokens", "Tokens, as upstreams count them", "route", "direction"
+        )
+        self.spent = self._counter("routellm_spent_usd", "Dollars spent", "route")
+        self.saved = self._counter("routellm_saved_usd", "Dollars that strong would have cost more")
+        self.judged = self._counter("routellm_judgements", "Judgements of answers", "kind")
+        self.duels = self._counter("routellm_duels", "Both models' answers judged", "winner")
+        self.broken = self._counter(
+            "routellm_broken_answers", "Answers that ended before their end", "why"
+        )
         self._decisions = self._counter(
             "routellm_decisions", "Prompts that a version scored", "version", "mode", "route"
         )
@@ -36,27 +77,66 @@ class Metrics:
         self._agreements = self._counter(
             "routellm_challenger_agreements", "Shadow decisions that were the champion's", "version"
         )
-        self._seconds = Histogram(
-            "routellm_scoring_seconds",
-            "Time to score a prompt",
+        self._seconds = self._seconds_of(
+            "routellm_scoring_seconds", "Time to score a prompt", "version", "mode"
+        )
+        self._win_rates = Histogram(
+            "routellm_win_rate",
+            "Win rates of the prompts that a version scored",
             ["version", "mode"],
-            buckets=_SECONDS,
+            buckets=[i / 20 for i in range(1, 20)] + [1.0],
             registry=self.registry,
         )
+
+    def exposition(self) -> bytes:
+        """Return all figures as Prometheus reads them.
+
+        Where several processes serve, counts are of all of them, and gauges of the one that is
+        asked.
+        """
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return generate_latest(self.registry) + generate_latest(self._own)
+        together = CollectorRegistry()
+        MultiProcessCollector(together)  # type: ignore[no-untyped-call]
+        return generate_latest(together) + generate_latest(self._own)
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(name, meaning, labels, registry=self.registry)
 
+    def _seconds_of(self, name: str, meaning: str, *labels: str) -> Histogram:
+        return Histogram(name, meaning, labels, buckets=_SECONDS, registry=self.registry)
+
     def gauge(self, name: str, meaning: str, value: Callable[[], float]) -> None:
         """Add a gauge that is read when asked."""
-        Gauge(name, meaning, registry=self.registry).set_function(value)
+        Gauge(name, meaning, registry=self._own).set_function(value)
 
     def answered(self, ref: VersionRef, mode: str, scored: Scored, *, agreed: bool = False) -> None:
         """Count what a version made of a prompt."""
         self._decisions.labels(ref.version, mode, scored.route).inc()
         self._seconds.labels(ref.version, mode).observe(scored.latency_ms / 1000.0)
+        self._win_rates.labels(ref.version, mode).observe(scored.win_rate)
         if agreed:
             self._agreements.labels(ref.version).inc()
+
+    def seen(self, one: Exchange) -> None:
+        """Count what came of a request; an observer of exchanges."""
+        self.requests.labels(one.route or "none", str(one.status)).inc()
+        if one.routed is not None:
+            self.routing.observe(one.routing_s)
+        if one.route:
+            self.upstream.labels(one.route).observe(one.upstream_s)
+        for direction, count in (
+            ("input", one.usage.input_tokens),
+            ("output", one.usage.output_tokens),
+        ):
+            if count:
+                self.tokens.labels(one.route, direction).inc(count)
+        if one.usd is not None:
+            self.spent.labels(one.route).inc(one.usd)
+        if one.saved_usd is not None and one.saved_usd > 0:
+            self.saved.inc(one.saved_usd)
+        if one.broken:
+            self.broken.labels(one.broken).inc()
 
     def failed(self, ref: VersionRef, mode: str) -> None:
         self._failures.labels(ref.version, mode).inc()

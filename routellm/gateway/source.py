@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from routellm.bundle import Bundle
+if TYPE_CHECKING:
+    from routellm.bundle import Bundle
 
 
 @dataclass(frozen=True)

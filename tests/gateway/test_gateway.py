@@ -10,9 +10,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from routellm.bundle import Bundle, golden_predictions
 from routellm.calibration import Calibration
+from routellm.embeddings.memory import Encoders
 from routellm.errors import RegistryError, UsageError
 from routellm.gateway.app import create_app
 from routellm.gateway.demo import demo_upstream
+from routellm.gateway.follow import Follower
 from routellm.gateway.server import check_port, running
 from routellm.gateway.source import VersionRef
 from routellm.routers.base import Pair
@@ -288,6 +290,40 @@ def test_a_version_with_other_golden_predictions_is_not_swapped_in(upstream, tmp
         assert "routellm_follow_failures 1.0" in httpx.get(f"{url}/metrics").text
 
 
+@pytest.mark.parametrize("what", ["alias gone", "artifact corrupted"])
+def test_what_is_lost_or_broken_leaves_the_last_good_version_in_place(upstream, tmp_path, what):
+    source = Versions(v1=bundle(1))  # there is no version 2 to load
+    with gateway(source, upstream, tmp_path) as url:
+        source.alias = None if what == "alias gone" else "2"
+        wait_for(lambda: httpx.get(f"{url}/readyz").json()["problem"])
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "router", "messages": ASK})
+        assert answer.headers["x-routellm-version"] == "1"
+        problem = httpx.get(f"{url}/readyz").json()["problem"]
+        assert ("points at no version" in problem) == (what == "alias gone")
+
+
+def test_a_router_that_hangs_costs_routing_and_no_more_time_than_is_set(upstream, tmp_path):
+    class Hangs(RandomRouter):
+        def win_rate(self, prompts):
+            time.sleep(5)
+            return super().win_rate(prompts)
+
+    one = bundle(1)
+    slow = Bundle(Hangs(HashEncoder(), Pair("s", "w")), one.embedding, one.calibration, (), "d",
+                  False, "0.1.0")  # fmt: skip
+    settings = {"routing_timeout_s": 0.3, "fallback": "weak"}
+    with gateway(Versions(v1=slow), upstream, tmp_path, **settings) as url:
+        began = time.monotonic()
+        answers = [
+            httpx.post(f"{url}/v1/chat/completions", json={"model": "router", "messages": ASK})
+            for _ in range(3)
+        ]
+        assert time.monotonic() - began < 3.0
+        assert {a.headers["x-routellm-model"] for a in answers} == {"small"}
+        assert all("TimeoutError" in a.headers["x-routellm-reason"] for a in answers)
+        assert "routellm_fallbacks_total 3.0" in httpx.get(f"{url}/metrics").text
+
+
 def test_a_registry_that_goes_down_changes_nothing(upstream, tmp_path):
     source = Versions(v1=bundle(1))
     with gateway(source, upstream, tmp_path) as url:
@@ -361,3 +397,22 @@ def test_a_taken_port_is_one_sentence():
 def test_no_upstreams_is_one_sentence(tmp_path):
     with pytest.raises(UsageError, match="--demo"):
         create_app(GatewaySettings(), Versions(v1=bundle(1)), home=tmp_path)
+
+
+def test_a_follower_that_is_stopped_while_it_starts_ends(tmp_path):
+    looking, go_on = threading.Event(), threading.Event()
+
+    class Slow(Versions):
+        def current(self):
+            looking.set()
+            assert go_on.wait(30)
+            return super().current()
+
+    follower = Follower(Slow(v1=bundle(1)), tmp_path, 0.01, Encoders())
+    starting = threading.Thread(target=follower.start)
+    starting.start()
+    assert looking.wait(30)
+    follower.stop()
+    go_on.set()
+    starting.join(30)
+    wait_for(lambda: not any(t.name == "follow-alias" for t in threading.enumerate()), 30)
