@@ -9,6 +9,8 @@
 A new snapshot shares its predecessor's parts and adds its own, so nothing is copied. The only
 step that publishes anything is the rename of ``LATEST``: whatever is killed before it leaves the
 previous snapshot in force, and at most some parts that nobody names.
+
+With `storage` set, several homes have their snapshots in common: `routellm.shared_snapshots`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +35,7 @@ import pyarrow.parquet as pq
 from routellm import __version__
 from routellm.battles import BATTLE_SCHEMA, digest_of_ids
 from routellm.errors import SnapshotError, UsageError
+from routellm.settings import Settings
 
 _COUNTED = ("label_kind", "source", "model", "winner")
 
@@ -62,6 +65,9 @@ class Manifest:
         Rows kept out by this snapshot's ingest, by the rule that failed.
     validation : dict
         What the expectations found; ``passed`` says whether it may be trained on.
+    as_of : str or None
+        ISO 8601, UTC: the battles that were known then, published aside (`routellm.as_of`). None
+        for what an ingest published.
     """
 
     digest: str
@@ -78,6 +84,7 @@ class Manifest:
     validation: dict[str, Any]
     simulated: bool
     previous: str | None
+    as_of: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True)
@@ -97,6 +104,11 @@ class SnapshotStore:
         self.parts_dir = directory / "parts"
         self.staging_dir = directory / "staging"
 
+    @property
+    def where(self) -> str:
+        """Where the snapshots are, for messages."""
+        return str(self.directory)
+
     def latest(self) -> Manifest | None:
         """Return the newest snapshot's manifest, or None before the first ingest."""
         try:
@@ -113,18 +125,25 @@ class SnapshotStore:
         UsageError
             If none or several do.
         """
-        found = [p for p in self._manifest_paths() if p.stem.startswith(digest)]
+        digests = self._digests()
+        found = [one for one in digests if one.startswith(digest)]
         if len(found) != 1 or not digest:
-            have = ", ".join(p.stem[:12] for p in self._manifest_paths()) or "none"
+            have = ", ".join(one[:12] for one in digests) or "none"
             raise UsageError(
                 f"{'no' if not found else 'more than one'} snapshot starts with {digest!r} in "
-                f"{self.directory}: use one of {have}"
+                f"{self.where}: use one of {have}"
             )
-        return self._read_manifest(found[0])
+        return self._by_digest(found[0])
 
     def all(self) -> list[Manifest]:
         """Return all manifests, newest first."""
-        found = [self._read_manifest(p) for p in self._manifest_paths()]
+        found = []
+        for path in self._manifest_paths():
+            try:
+                found.append(self._read_manifest(path))
+            except SnapshotError:
+                if path.exists():  # else it was removed just now
+                    raise
         return sorted(found, key=lambda m: m.created_at, reverse=True)
 
     def iter_batches(
@@ -132,7 +151,7 @@ class SnapshotStore:
     ) -> Iterator[pa.RecordBatch]:
         """Yield a snapshot's battles, never holding more than a batch."""
         for part in manifest.parts:
-            path = self.parts_dir / part.name
+            path = self._part(part)
             try:
                 with pq.ParquetFile(path) as file:
                     yield from file.iter_batches(batch_size=batch_rows, columns=columns)
@@ -216,9 +235,96 @@ class SnapshotStore:
                 "previous one is untouched; make room or set `home` to another disk, then run again"
             ) from error
 
+    def publish_aside(
+        self,
+        parts: Sequence[PartInfo | Path],
+        *,
+        as_of: str,
+        simulated: bool,
+        check: Callable[[Manifest], dict[str, Any]],
+    ) -> Manifest:
+        """Publish parts, own ones or files, as a snapshot beside the newest, which stays that.
+
+        Parameters
+        ----------
+        check : callable
+            Returns the finished manifest's `validation`, or raises: nothing is published then.
+
+        Raises
+        ------
+        SnapshotError
+            If the disk is full, or a part is gone. Nothing is published then.
+        """
+        try:
+            with self._lock():  # nothing is removed meanwhile
+                draft = replace(self._build(parts, {}, None, {}, {}, simulated), as_of=as_of)
+                manifest = replace(draft, validation=check(draft))
+                write_atomic(self.directory / f"{manifest.digest}.json", manifest.to_json())
+                return manifest
+        except OSError as error:
+            raise SnapshotError(
+                f"cannot write a snapshot in {self.directory} ({error.strerror or error}): the "
+                "others are untouched; make room or set `home` to another disk, then run again"
+            ) from error
+
+    # --- retention (routellm.retention decides what goes) ---------------------------------------
+
+    def only_in(self, digests: Collection[str]) -> dict[str, int]:
+        """Return the parts that no snapshot but these names, and nobody names: name -> bytes."""
+        named = {p.name for m in self.all() if m.digest not in digests for p in m.parts}
+        there = self.parts_dir.iterdir() if self.parts_dir.is_dir() else ()
+        return {path.name: path.stat().st_size for path in there if path.name not in named}
+
+    def taken_in(self) -> dict[str, str]:
+        """Return when a snapshot first held each part, also where that snapshot was removed."""
+        try:
+            first = dict(json.loads((self.directory / "TAKEN_IN").read_text()))
+        except FileNotFoundError:
+            first = {}
+        for manifest in self.all():
+            for part in manifest.parts:
+                first[part.name] = min(first.get(part.name, "~"), manifest.created_at)
+        return first
+
+    def remove(self, digests: Collection[str]) -> None:
+        """Remove snapshots, then the parts that no other names; the newest is never removed.
+
+        Killed anywhere it leaves parts that nobody names, which the next call removes, and nothing
+        that lacks a part: a manifest is gone for good before its parts are. No snapshot is
+        published meanwhile.
+
+        Raises
+        ------
+        SnapshotError
+            If the disk fails, or a manifest cannot be read: what it names is not known then, and
+            nothing is removed.
+        """
+        try:
+            with self._lock():
+                self._remove(digests)
+        except OSError as error:
+            raise SnapshotError(
+                f"snapshots in {self.directory} were not removed ({error.strerror or error}): see "
+                "that this user may, and that the disk has room, then compact again"
+            ) from error
+
+    def _remove(self, digests: Collection[str]) -> None:
+        latest = self.latest()
+        going = {m.digest for m in self.all()} & set(digests)
+        going -= {latest.digest} if latest else set()
+        first, gone = self.taken_in(), self.only_in(going)
+        if going:
+            kept = {name: at for name, at in first.items() if name not in gone}
+            write_atomic(self.directory / "TAKEN_IN", json.dumps(kept, indent=1))
+        for digest in going:
+            (self.directory / f"{digest}.json").unlink()
+        _make_durable(self.directory)
+        for name in gone:
+            (self.parts_dir / name).unlink(missing_ok=True)
+
     def _build(
         self,
-        parts: Sequence[Path],
+        parts: Sequence[PartInfo | Path],
         cursors: dict[str, dict[str, Any]],
         previous: Manifest | None,
         quarantined_by_rule: dict[str, int],
@@ -227,15 +333,13 @@ class SnapshotStore:
     ) -> Manifest:
         self.parts_dir.mkdir(parents=True, exist_ok=True)
         infos = list(previous.parts) if previous else []
-        for path in parts:
-            rows = pq.ParquetFile(path).metadata.num_rows
-            if not rows:
-                continue
-            digest = file_sha256(path)
-            info = PartInfo(f"{digest[:32]}.parquet", rows, digest)
-            if info not in infos:
-                _copy_durably(path, self.parts_dir / info.name)
-                infos.append(info)
+        for one in parts:
+            if isinstance(one, PartInfo):
+                infos.append(one)
+            elif rows := pq.ParquetFile(one).metadata.num_rows:
+                digest = file_sha256(one)
+                if digest not in {info.sha256 for info in infos}:
+                    infos.append(self._keep(one, rows, digest))
         draft = Manifest(
             digest="",
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -274,6 +378,22 @@ class SnapshotStore:
             by_winner=ordered["winner"],
         )
 
+    def _keep(self, path: Path, rows: int, sha256: str) -> PartInfo:
+        """Take a file in as a part, for good."""
+        info = PartInfo(f"{sha256[:32]}.parquet", rows, sha256)
+        copy_durably(path, self.parts_dir / info.name)
+        return info
+
+    def _part(self, part: PartInfo) -> Path:
+        """Return where a part is on this machine."""
+        return self.parts_dir / part.name
+
+    def _digests(self) -> list[str]:
+        return [path.stem for path in self._manifest_paths()]
+
+    def _by_digest(self, digest: str) -> Manifest:
+        return self._read_manifest(self.directory / f"{digest}.json")
+
     def _manifest_paths(self) -> list[Path]:
         return sorted(self.directory.glob("*.json"))
 
@@ -293,6 +413,25 @@ class SnapshotStore:
         with (self.directory / "publish.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def snapshot_store(settings: Settings, *, simulated: bool = False) -> SnapshotStore:
+    """Return the snapshots that settings name: of the home folder, or those in `storage`.
+
+    Raises
+    ------
+    UsageError
+        If `storage` is no address of a kind that is known.
+    """
+    directory = settings.snapshots_dir(simulated=simulated)
+    if settings.storage is None:
+        return SnapshotStore(directory)
+    from routellm.shared_snapshots import SharedSnapshotStore
+    from routellm.storage import open_storage
+
+    blobs = open_storage(settings.storage, directory.name)
+    kept = hashlib.sha256(blobs.address.encode()).hexdigest()[:8]  # of each storage by itself
+    return SharedSnapshotStore(settings.home / "shared" / f"{directory.name}-{kept}", blobs)
 
 
 def file_sha256(path: Path) -> str:
@@ -315,7 +454,16 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _copy_durably(source: Path, target: Path) -> None:
+def _make_durable(folder: Path) -> None:
+    """Make what was renamed or removed in a folder outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_durably(source: Path, target: Path) -> None:
     if target.exists():
         return
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")

@@ -10,8 +10,13 @@ from routellm.settings import EmbeddingSettings
 __all__ = ["Encoder", "Progress", "get_encoder"]
 
 
-def get_encoder(settings: EmbeddingSettings, cache_path: Path | None = None) -> Encoder:
-    """Return the encoder that settings name, behind the cache at `cache_path` if given."""
+def get_encoder(
+    settings: EmbeddingSettings, cache_path: Path | None = None, storage: str | None = None
+) -> Encoder:
+    """Return the encoder that settings name, behind the cache at `cache_path` if given.
+
+    With `storage`, an address, what it encodes is had in common with other homes there.
+    """
     from routellm.embeddings.cache import CachedEncoder
     from routellm.embeddings.openai import OpenAIEncoder
     from routellm.embeddings.sentence import SentenceTransformerEncoder
@@ -21,4 +26,4 @@ def get_encoder(settings: EmbeddingSettings, cache_path: Path | None = None) -> 
         encoder = OpenAIEncoder(settings)
     else:
         encoder = SentenceTransformerEncoder(settings)
-    return CachedEncoder(encoder, cache_path) if cache_path is not None else encoder
+    return CachedEncoder(encoder, cache_path, storage) if cache_path is not None else encoder

@@ -1,7 +1,8 @@
 """Content-addressed cache of embeddings on disk, safe under several processes.
 
 One SQLite file in WAL mode: a row per (encoder identity, prompt), keyed by SHA-256. Writers wait
-for each other; a row is written whole or not at all, whoever is killed when.
+for each other; a row is written whole or not at all, whoever is killed when. With a storage,
+several homes have what they encode in common (`routellm.embeddings.shared`).
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +22,20 @@ from routellm.embeddings.base import Encoder, Progress
 from routellm.errors import EmbeddingError
 from routellm.sqlite import connect
 
-_WRITE_EVERY = 1024  # prompts encoded between two commits: what a kill can cost
+if TYPE_CHECKING:
+    from routellm.embeddings.shared import SharedRows
+
+WRITE_EVERY = 1024  # prompts encoded at once, then committed: what a kill can cost
 _ASK_AT_ONCE = 500  # keys in one SELECT, below SQLite's limit on variables
-_IN_MEMORY = 4096  # vectors kept for repeated single queries (6 MB at 384 dimensions)
 
 
 class CachedEncoder:
     """An encoder that remembers on disk what it has encoded.
+
+    Parameters
+    ----------
+    storage : str, optional
+        Address at which homes have their vectors in common.
 
     Attributes
     ----------
@@ -35,12 +43,12 @@ class CachedEncoder:
         Distinct prompts found and not found since creation.
     """
 
-    def __init__(self, encoder: Encoder, path: Path) -> None:
+    def __init__(self, encoder: Encoder, path: Path, storage: str | None = None) -> None:
         self.encoder = encoder
         self.path = path
+        self.storage = storage
         self.hits = 0
         self.misses = 0
-        self._recent: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -54,21 +62,16 @@ class CachedEncoder:
     def encode(
         self, prompts: Sequence[str], *, progress: Progress | None = None
     ) -> NDArray[np.float32]:
-        salt = hashlib.sha256(self.identity.encode()).digest()
-        keys = [hashlib.sha256(salt + p.encode("utf-8", "surrogatepass")).digest() for p in prompts]
-        if len(keys) == 1 and (known := self._recall(keys[0])) is not None:
-            return known[None]
-        first = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True))
-        try:
-            found = self._get(list(first))
-        except sqlite3.DatabaseError as error:
-            raise self._damaged(error) from error
+        keys = self._keys(prompts)
+        first = _first_rows(keys)
+        shared = self._shared()
+        found = self._known(list(first), shared)
         missing = [k for k in first if k not in found]
         with self._lock:
             self.hits += len(first) - len(missing)
             self.misses += len(missing)
-        for start in range(0, len(missing), _WRITE_EVERY):
-            batch = missing[start : start + _WRITE_EVERY]
+        for start in range(0, len(missing), WRITE_EVERY):
+            batch = missing[start : start + WRITE_EVERY]
 
             def report(done: int, _: int, base: int = start) -> None:
                 if progress:
@@ -79,13 +82,47 @@ class CachedEncoder:
             found.update(fresh)
             try:
                 self._put(fresh)
+                if shared:
+                    shared.send(fresh)
             except sqlite3.DatabaseError as error:
                 raise self._damaged(error) from error
+        try:
+            if shared:  # what was encoded before there was a storage, or while it was away
+                shared.send(found)
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from error
         if not keys:
             return np.empty((0, self.dimensions), dtype=np.float32)
-        if len(keys) == 1:
-            self._remember(keys[0], found[keys[0]])
         return np.stack([found[k] for k in keys])
+
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """Return the distinct prompts that neither the cache nor the storage has, in order."""
+        first = _first_rows(self._keys(prompts))
+        found = self._known(list(first), self._shared())
+        return [prompts[i] for key, i in first.items() if key not in found]
+
+    def _keys(self, prompts: Sequence[str]) -> list[bytes]:
+        salt = hashlib.sha256(self.identity.encode()).digest()
+        return [hashlib.sha256(salt + p.encode("utf-8", "surrogatepass")).digest() for p in prompts]
+
+    def _known(
+        self, keys: list[bytes], shared: SharedRows | None
+    ) -> dict[bytes, NDArray[np.float32]]:
+        """Return the vectors that are here, with those of the storage taken in before."""
+        try:
+            if shared:
+                shared.bring(keys)
+            return self._get(keys)
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from error
+
+    def _shared(self) -> SharedRows | None:
+        if self.storage is None:
+            return None
+        from routellm.embeddings.shared import SharedRows, folder_of
+        from routellm.storage import open_storage
+
+        return SharedRows(open_storage(self.storage, folder_of(self.identity)), self._connect)
 
     def _connect(self) -> sqlite3.Connection:
         connection = connect(self.path)
@@ -115,21 +152,16 @@ class CachedEncoder:
         with closing(self._connect()) as connection, connection:
             connection.executemany("INSERT OR IGNORE INTO embeddings VALUES (?, ?)", rows)
 
-    def _recall(self, key: bytes) -> NDArray[np.float32] | None:
-        with self._lock:
-            if key in self._recent:
-                self._recent.move_to_end(key)
-                return self._recent[key]
-        return None
-
-    def _remember(self, key: bytes, vector: NDArray[np.float32]) -> None:
-        with self._lock:
-            self._recent[key] = vector
-            if len(self._recent) > _IN_MEMORY:
-                self._recent.popitem(last=False)
-
     def _damaged(self, error: Exception) -> EmbeddingError:
         return EmbeddingError(
             f"the embedding cache {self.path} cannot be used ({error}): delete that file and run "
             "again; it is rebuilt"
         )
+
+
+def _first_rows(keys: Sequence[bytes]) -> dict[bytes, int]:
+    """Return where each key stands first, in this order."""
+    rows: dict[bytes, int] = {}
+    for i, key in enumerate(keys):
+        rows.setdefault(key, i)
+    return rows

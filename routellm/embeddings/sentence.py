@@ -38,8 +38,9 @@ class SentenceTransformerEncoder:
     def __init__(self, settings: EmbeddingSettings) -> None:
         self._settings = settings
         self._lock = threading.Lock()
+        self._encoding = threading.Lock()  # tokenizers cannot be used by two threads at once
         self._model: Any = None
-        self._folder = _local_folder(settings.model)
+        self._folder = local_folder(settings.model)
 
     @property
     def identity(self) -> str:
@@ -59,10 +60,11 @@ class SentenceTransformerEncoder:
         self, prompts: Sequence[str], *, progress: Progress | None = None
     ) -> NDArray[np.float32]:
         model = self._load()
-        if len(prompts) == 1 and len(prompts[0]) <= _SHORT_CHARS:
-            with one_torch_thread():
-                return self._encode(model, prompts, progress)
-        return self._encode(model, prompts, progress)
+        with self._encoding:
+            if len(prompts) == 1 and len(prompts[0]) <= _SHORT_CHARS:
+                with one_torch_thread():
+                    return self._encode(model, prompts, progress)
+            return self._encode(model, prompts, progress)
 
     def _encode(
         self, model: Any, prompts: Sequence[str], progress: Progress | None
@@ -73,7 +75,7 @@ class SentenceTransformerEncoder:
         for start in range(0, len(prompts), _CHUNK):
             rows = order[start : start + _CHUNK]
             out[rows] = model.encode(
-                [_clean(prompts[i]) for i in rows],
+                [clean(prompts[i]) for i in rows],
                 batch_size=self._settings.batch_size,
                 normalize_embeddings=True,
                 convert_to_numpy=True,
@@ -117,12 +119,13 @@ class SentenceTransformerEncoder:
             ) from error
 
 
-def _clean(prompt: str) -> str:
-    # the tokenizer speaks UTF-8, which has no lone surrogates
+def clean(prompt: str) -> str:
+    """Return a text as tokenizers take it: they speak UTF-8, which has no lone surrogates."""
     return prompt.encode("utf-8", "replace").decode("utf-8")
 
 
-def _local_folder(model: str) -> Path | None:
+def local_folder(model: str) -> Path | None:
+    """Return the folder of a model that needs no hub, or None."""
     if Path(model).is_dir():
         return Path(model)
     if model == MINILM:

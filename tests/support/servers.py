@@ -230,10 +230,9 @@ class Stack:
 
 
 @contextlib.contextmanager
-def mlflow_stack() -> Iterator[Stack]:
-    """Run MLflow as a company would: a server over PostgreSQL and an S3 bucket."""
+def mlflow_stack(database: Server) -> Iterator[Stack]:
+    """Run MLflow as a company would: a server over a PostgreSQL and an S3 bucket."""
     with (
-        postgres() as database,
         moto_s3() as bucket,
         mlflow_server(database.url, bucket) as mlflow,
     ):

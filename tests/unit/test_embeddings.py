@@ -46,6 +46,7 @@ def fill(path, start):
     CachedEncoder(HashEncoder(), path).encode([f"prompt {i}" for i in range(start, start + 3000)])
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_cache(tmp_path):
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=fill, args=(tmp_path / "e.db", s)) for s in (0, 1500)]
@@ -93,6 +94,7 @@ def test_a_vector_does_not_depend_on_what_else_is_in_the_batch():
     assert np.abs(encoder.encode(prompts) - alone).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_had_is_one_sentence(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     encoder = SentenceTransformerEncoder(EmbeddingSettings(model=str(tmp_path)))
