@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from routellm.stability import psi as psi
+
 # edges of prompt length in characters, for drift
 _LENGTH_EDGES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 Profile = dict[str, Any]
@@ -59,19 +61,6 @@ def merge(a: Profile, b: Profile) -> Profile:
         out[name] = {k: a[name].get(k, 0) + b[name].get(k, 0) for k in keys}
     out["newest"] = max(filter(None, (a["newest"], b["newest"])), default=None)
     return out
-
-
-def psi(expected: Iterable[float], actual: Iterable[float]) -> float:
-    """Return the population stability index of two counts over the same bins.
-
-    ``sum((a - e) * ln(a / e))`` over shares; an empty bin counts as one part in ten thousand.
-    0 is no change, above 0.25 is usually called a major shift.
-    """
-    e, a = (np.array(list(x), dtype=np.float64) for x in (expected, actual))
-    if not e.sum() or not a.sum():
-        return 0.0
-    e, a = np.maximum(e / e.sum(), 1e-4), np.maximum(a / a.sum(), 1e-4)
-    return float(((a - e) * np.log(a / e)).sum())
 
 
 def set_figures(

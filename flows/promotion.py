@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flows.announce import announced
-from flows.work import Measured
+from flows.trained import Measured
 from registry import Decision, Gate, Registry, VersionInfo
 from registry.evidence import gather
 from registry.figures import mean_apgr
@@ -42,6 +42,25 @@ def promote_best(measured: Sequence[Measured], primary: str, registry: Registry)
             registry.promote(best.version, decision, expected=expected)
         else:
             registry.record(best.version, decision)
+    return decision
+
+
+def promote_version(version: VersionInfo, registry: Registry) -> Decision:
+    """Let the gate judge one version by what there is to go by now, and move the alias if it may.
+
+    `registry.notices` as in `promote_best`.
+    """
+    with announced(registry):
+        registry.repair()
+        champion = registry.champion()
+        if champion is not None and champion.version == version.version:
+            return Decision("reject", f"version {version.version} is the champion")
+        decision = Gate(registry.settings).decide(gather(registry, champion, version))
+        if decision.outcome == "promote":
+            expected = champion.version if champion else None
+            registry.promote(version, decision, expected=expected)
+        else:
+            registry.record(version, decision)
     return decision
 
 

@@ -1,8 +1,12 @@
-"""The lines that a person sees while a flow runs: one per step, with a bar where it takes long."""
+"""The lines that a person sees while a flow runs: one per step, with a bar where it takes long.
+
+They go to the terminal, and into the run's log, which Prefect's UI shows.
+"""
 
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +15,22 @@ from typing import cast
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.context import TaskRunContext
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 ARTIFACT_EVERY_S = 3.0  # an update is a request to Prefect's server
+
+
+def _go_quiet(console: Console) -> None:
+    console.quiet = True
+
+
+# nobody reads any more: a run goes on when the worker that began it dies. Rich's own would end the
+# process, be it at a line of ours or at one of Prefect's log, which is Rich's too
+Console.on_broken_pipe = _go_quiet  # type: ignore[assignment]
 
 console = Console(stderr=True, highlight=False)
 
@@ -32,6 +46,11 @@ class Step:
     notes: list[str] = field(default_factory=list)
     shown_at: float = field(default_factory=time.monotonic)
     artifact: UUID | None = None
+
+    def note(self, text: str) -> None:
+        """Add what a person should know; it is in the log at once."""
+        self.notes.append(text)
+        log(f"{self.name}: {text}")
 
     def advance(self, done: int, total: int) -> None:
         """Show how far along the step is, here and (every few seconds) in Prefect's UI."""
@@ -61,12 +80,20 @@ def step(name: str) -> Iterator[Step]:
         TimeElapsedColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        # side by side, none is drawn: one bar at a time is all that a terminal takes
+        disable=not console.is_terminal or threading.current_thread() != threading.main_thread(),
     )
     with bar:
         one = Step(name, bar, bar.add_task(name, total=1))
         yield one
     seconds = time.perf_counter() - started
+    log(f"{name}: {one.result} ({seconds:.1f} s)")
     console.print(f"[green]✓[/] [bold]{name:<10}[/] {one.result}  [dim]{seconds:.1f} s[/]")
     for note in one.notes:
         console.print(Padding(f"[yellow]{note}[/]", (0, 0, 0, 13)))
+
+
+def log(text: str) -> None:
+    """Write a line into the log of the run that this is called in, if any."""
+    if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
+        get_run_logger().info(text)

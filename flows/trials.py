@@ -8,25 +8,17 @@ same content is read from its run.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from flows.work import (
-    Plan,
-    embedded,
-    evaluate_router,
-    train_router,
-    training_key,
-)
+from flows.trained import Trained, evaluate_router, fit_report, train_router
+from flows.work import Plan, embedded, training_key
 from registry import Registry
 from registry.log import log_trial
 from routellm.augmentation.effect import AUGMENTATIONS
 from routellm.embeddings import Progress
 from routellm.errors import TrainingError
 from routellm.evaluation.evaluate import Evaluation
-from routellm.routers.base import FitReport
 from routellm.settings import Settings
 from routellm.training import with_augmentation
 
@@ -94,11 +86,11 @@ def variants(plan: Plan, settings: Settings, wanted: Sequence[Trial]) -> dict[st
 def find_trial(trial: Trial, plan: Plan, registry: Registry, settings: Settings) -> Trial | None:
     """Return the trial as it was run before on the same content, or None."""
     mine = replace(plan, augmentation=trial.augmentation)
-    key = training_key(trial.kind, mine, _seeded(settings, trial.seed))
+    key = training_key(trial.kind, mine, seeded(settings, trial.seed))
     found = registry.trial_evaluations(key)
     if found is None:
         return None
-    shutil.rmtree(settings.home / "trained" / key, ignore_errors=True)  # a kill left it
+    Trained.of(trial.kind, key, settings).clear(settings)  # a kill left it
     return replace(trial, evaluations=found)
 
 
@@ -113,30 +105,30 @@ def run_trial(
     """Train, measure and log one trial; `plan` is its augmentation's, or why there is none."""
     if isinstance(plan, str):
         return replace(trial, failed=plan)
-    seeded = _seeded(settings, trial.seed)
+    mine = seeded(settings, trial.seed)
     try:
-        trained = train_router(trial.kind, plan, seeded, progress)
+        trained = train_router(trial.kind, plan, mine, progress)
     except TrainingError as error:
-        key = training_key(trial.kind, plan, seeded)
-        shutil.rmtree(settings.home / "trained" / key, ignore_errors=True)
+        Trained.of(trial.kind, training_key(trial.kind, plan, mine), settings).clear(settings)
         return replace(trial, failed=str(error))
-    evaluations = evaluate_router(trained, plan, seeded, with_speed=False)
+    evaluations = evaluate_router(trained, plan, mine, with_speed=False)
     log_trial(
         registry,
         kind=trial.kind,
         augmentation=trial.augmentation,
         seed=trial.seed,
         training_key=trained.key,
-        report=FitReport(**json.loads((trained.folder / "report.json").read_text())),
+        report=fit_report(trained),
         evaluations=evaluations,
         primary=plan.primary,
         simulated=plan.manifest.simulated,
         parent_run_id=parent,
     )
-    shutil.rmtree(trained.folder, ignore_errors=True)
+    trained.clear(settings)
     return replace(trial, evaluations=evaluations)
 
 
-def _seeded(settings: Settings, seed: int) -> Settings:
+def seeded(settings: Settings, seed: int) -> Settings:
+    """Return the settings with another seed."""
     training = settings.training.model_copy(update={"seed": seed})
     return settings.model_copy(update={"training": training})

@@ -1,31 +1,20 @@
-"""What the tasks do, as plain functions over library and registry."""
+"""One retraining's plan: its pair, benchmarks and battles, and what of it was done before."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import statistics
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from registry import Registry, VersionInfo
-from registry.figures import log_pareto
-from registry.log import log_version
-from registry.predictions import (
-    evaluation_set,
-    predictions_table,
-    read_predictions,
-    write_table,
-)
+from registry.predictions import evaluation_set
 from routellm import __version__, training
-from routellm.bundle import Bundle, content_key, golden_predictions, load_bundle, save_bundle
-from routellm.calibration import Calibration
-from routellm.embeddings import Encoder, Progress
+from routellm.bundle import content_key
+from routellm.embeddings import Encoder, Progress, get_encoder
 from routellm.errors import BenchmarkError, UsageError
 from routellm.evaluation.benchmarks import Benchmark, load_benchmarks
 from routellm.evaluation.contamination import (
@@ -37,12 +26,9 @@ from routellm.evaluation.contamination import (
 )
 from routellm.evaluation.evaluate import Evaluation, evaluate
 from routellm.evaluation.fetch import fetch_published
-from routellm.evaluation.plots import plot_curves
-from routellm.routers.base import FitReport, Pair, Router, make_router, router_kinds
+from routellm.routers.base import Pair, make_router, router_kinds
 from routellm.settings import PAPER_STRONG, PAPER_WEAK, Settings
-from routellm.snapshots import Manifest, SnapshotStore, write_atomic
-
-SPEED_QUERIES = 64
+from routellm.snapshots import Manifest, SnapshotStore, snapshot_store
 
 
 @dataclass
@@ -93,17 +79,6 @@ class Clean:
     similarity: float
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A registered router and how it did."""
-
-    kind: str
-    version: VersionInfo
-    evaluations: Mapping[str, Evaluation]
-    queries_per_s: float
-    latency_ms: float
-
-
 def plan_of(
     manifest: Manifest,
     store: SnapshotStore,
@@ -130,6 +105,23 @@ def plan_of(
         have = ", ".join(b.name for b in benchmarks) or "heldout"
         raise UsageError(f"no benchmark {primary!r} (`evaluation.primary`): there are {have}")
     return Plan(manifest, store, encoder, pair, benchmarks, primary)
+
+
+def plan_again(
+    snapshot: str, *, simulated: bool, sources: Sequence[str], settings: Settings
+) -> Plan:
+    """Make the plan of a retraining again where it is not at hand: in another process.
+
+    Parameters
+    ----------
+    snapshot : str
+        Digest.
+    sources : list of str
+        Folders among them may hold benchmarks.
+    """
+    store = snapshot_store(settings, simulated=simulated)
+    encoder = get_encoder(settings.embedding, settings.embeddings_path, settings.storage)
+    return plan_of(store.get(snapshot), store, encoder, sources, settings)
 
 
 def _benchmarks(manifest: Manifest, sources: Sequence[str], settings: Settings) -> list[Benchmark]:
@@ -163,19 +155,28 @@ def named_benchmarks(folder: str, home: Path) -> list[Benchmark]:
 
 def training_key(kind: str, plan: Plan, settings: Settings) -> str:
     """Return what a trained and measured router is known by: all that went into it."""
-    return content_key(
-        kind,
-        plan.manifest.digest,
-        settings.training.model_dump_json(exclude={"routers", "options"}),
-        json.dumps(settings.training.options.get(kind, {}), sort_keys=True),
-        settings.evaluation.model_dump_json(exclude={"benchmarks", "primary"}),
-        json.dumps([settings.usd_per_query(m) for m in (plan.pair.strong, plan.pair.weak)]),
-        plan.encoder.identity,
-        json.dumps([plan.pair.strong, plan.pair.weak]),
-        json.dumps([b.digest for b in plan.benchmarks]),
-        plan.augmentation,
-        __version__,
-    )
+    return content_key(*key_parts(kind, plan, settings).values())
+
+
+def key_parts(kind: str, plan: Plan, settings: Settings) -> dict[str, str]:
+    """Return what a router's training key is made of, in order, by names that a person knows."""
+    return {
+        "router kind": kind,
+        "snapshot": plan.manifest.digest,
+        "training settings": settings.training.model_dump_json(exclude={"routers", "options"}),
+        "router options": json.dumps(settings.training.options.get(kind, {}), sort_keys=True),
+        "evaluation settings": settings.evaluation.model_dump_json(
+            exclude={"benchmarks", "primary"}
+        ),
+        "prices": json.dumps(
+            [settings.usd_per_query(m) for m in (plan.pair.strong, plan.pair.weak)]
+        ),
+        "encoder": plan.encoder.identity,
+        "pair of models": json.dumps([plan.pair.strong, plan.pair.weak]),
+        "benchmarks": json.dumps([b.digest for b in plan.benchmarks]),
+        "augmentation": plan.augmentation,
+        "code version": __version__,
+    }
 
 
 def find_done(
@@ -191,25 +192,21 @@ def find_done(
     return {kind: done[kind] for kind in kinds if kind in done}
 
 
-def measured_version(version: VersionInfo, registry: Registry) -> Measured:
-    """Return what was measured of a version when it was trained."""
-    metrics = registry.run_metrics(version)
-    return Measured(
-        version.kind,
-        version,
-        registry.evaluations(version),
-        metrics["queries_per_s"],
-        metrics["latency_ms_p50"],
-    )
+def embedded(
+    plan: Plan,
+    settings: Settings,
+    progress: Progress | None = None,
+    *,
+    encoder: Encoder | None = None,
+) -> training.Prepared:
+    """Read, augment and embed the battles, and clean the benchmarks of what they show.
 
-
-def embedded(plan: Plan, settings: Settings, progress: Progress | None = None) -> training.Prepared:
-    """Read, augment and embed the battles, and clean the benchmarks of what they show."""
+    `encoder` is used in place of the plan's, whose vectors it gives.
+    """
     if plan.prepared is not None:
         return plan.prepared
-    prepared = training.prepare(
-        plan.store, plan.manifest, plan.encoder, settings, plan.pair, progress
-    )
+    encoder = encoder or plan.encoder
+    prepared = training.prepare(plan.store, plan.manifest, encoder, settings, plan.pair, progress)
     benchmarks = list(plan.benchmarks) + ([prepared.heldout] if prepared.heldout else [])
     if not benchmarks:
         raise BenchmarkError(
@@ -219,7 +216,7 @@ def embedded(plan: Plan, settings: Settings, progress: Progress | None = None) -
     how = settings.evaluation
     side: Side = "training" if how.contamination == "drop_training" else "evaluation"
     prompts = prepared.battles.prompts
-    vectors = {b.name: plan.encoder.encode(b.prompts, progress=progress) for b in benchmarks}
+    vectors = {b.name: encoder.encode(b.prompts, progress=progress) for b in benchmarks}
     found = {
         b.name: find_matches(
             b.prompts,
@@ -255,132 +252,6 @@ def embedded(plan: Plan, settings: Settings, progress: Progress | None = None) -
     plan.contamination = Contamination(side, shown, prepared.left_out)
     plan.prepared = prepared
     return prepared
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained router on disk: what one task hands to the next, and what a killed run left.
-
-    The folder is named by the training key, so whatever it holds was made from the same battles,
-    settings and code, and need not be made again.
-    """
-
-    kind: str
-    key: str
-    folder: Path
-
-    @property
-    def bundle(self) -> Path:
-        return self.folder / "bundle"
-
-    @property
-    def figures(self) -> Path:
-        return self.folder / "figures.json"
-
-    @property
-    def predictions(self) -> Path:
-        return self.folder / "predictions"
-
-
-def train_router(
-    kind: str, plan: Plan, settings: Settings, progress: Progress | None = None
-) -> Trained:
-    """Train one router and keep it, with its calibration and golden predictions, as files."""
-    key = training_key(kind, plan, settings)
-    trained = Trained(kind, key, settings.home / "trained" / key)
-    prepared = embedded(plan, settings)
-    if trained.bundle.exists():  # made whole or not at all: a run was killed after it
-        return trained
-    router, report = training.train(
-        kind,
-        prepared.battles,
-        plan.encoder,
-        seed=settings.training.seed,
-        options=settings.training.options.get(kind),
-        progress=progress,
-        checkpoint=trained.folder / "checkpoint",
-    )
-    sample = plan.clean[plan.primary]
-    bundle = Bundle(
-        router=router,
-        embedding=settings.embedding,
-        calibration=Calibration.of(
-            router.rates(sample.benchmark.prompts, sample.embeddings),
-            f"the prompts of {plan.primary}",
-        ),
-        golden=golden_predictions(router, sample.benchmark.prompts),
-        snapshot=plan.manifest.digest,
-        simulated=plan.manifest.simulated,
-        code_version=__version__,
-    )
-    write_atomic(trained.folder / "report.json", json.dumps(asdict(report)))
-    save_bundle(bundle, trained.bundle)
-    shutil.rmtree(trained.folder / "checkpoint", ignore_errors=True)
-    return trained
-
-
-def evaluate_router(
-    trained: Trained, plan: Plan, settings: Settings, *, with_speed: bool = True
-) -> dict[str, Evaluation]:
-    """Measure a trained router on every clean benchmark, and its speed; keep the figures."""
-    embedded(plan, settings)
-    if trained.figures.exists():
-        return _figures(trained)[0]
-    router = load_bundle(trained.bundle, encoder=plan.encoder).router
-    rates = {
-        name: router.rates(clean.benchmark.prompts, clean.embeddings)
-        for name, clean in plan.clean.items()
-    }
-    evaluations = measure(rates, plan, settings)
-    for name, clean in plan.clean.items():
-        table = predictions_table(clean.benchmark, plan.pair, rates[name])
-        write_table(table, trained.predictions / f"{name}.parquet")
-    measured_speed = {}
-    if with_speed:
-        queries_per_s, latency_ms = speed(router, plan.clean[plan.primary].benchmark.prompts)
-        measured_speed = {"queries_per_s": queries_per_s, "latency_ms_p50": latency_ms}
-    document = {
-        "evaluations": {name: one.to_dict() for name, one in evaluations.items()},
-        "speed": measured_speed,
-    }
-    write_atomic(trained.figures, json.dumps(document))
-    return evaluations
-
-
-def register_router(trained: Trained, plan: Plan, registry: Registry, parent: str) -> Measured:
-    """Register a trained and measured router as a version, once, and clear its folder."""
-    evaluations, measured_speed = _figures(trained)
-    version = registry.find_trained(trained.key)
-    if version is None:
-        version = log_version(
-            registry,
-            load_bundle(trained.bundle, encoder=plan.encoder),
-            FitReport(**json.loads((trained.folder / "report.json").read_text())),
-            evaluations,
-            plan.manifest,
-            training_key=trained.key,
-            speed=measured_speed,
-            parent_run_id=parent,
-            predictions={
-                name: read_predictions(trained.predictions / f"{name}.parquet")
-                for name in evaluations
-            },
-            primary=plan.primary,
-        )
-    shutil.rmtree(trained.folder, ignore_errors=True)
-    return Measured(
-        trained.kind,
-        version,
-        evaluations,
-        measured_speed["queries_per_s"],
-        measured_speed["latency_ms_p50"],
-    )
-
-
-def _figures(trained: Trained) -> tuple[dict[str, Evaluation], dict[str, float]]:
-    document = json.loads(trained.figures.read_text())
-    found = document["evaluations"].items()
-    return {name: Evaluation.from_dict(one) for name, one in found}, document["speed"]
 
 
 def kinds_to_train(plan: Plan, settings: Settings) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -425,39 +296,33 @@ def measure(
     return out
 
 
+def measure_version(
+    version: VersionInfo, benchmarks: str, registry: Registry, settings: Settings
+) -> dict[str, Evaluation]:
+    """Measure a registered router on a folder of benchmark tables that it was not measured on.
+
+    What training may have seen of them is not left out.
+    """
+    router = registry.bundle(version, cache_path=settings.embeddings_path).router
+    tables = named_benchmarks(benchmarks, settings.home)
+    for one in tables:
+        one.of_pair(router.pair)  # refused before anything is embedded
+    return {
+        one.name: evaluate(
+            router.win_rate(one.prompts),
+            one,
+            router.pair,
+            rng=np.random.default_rng(settings.training.seed),
+            resamples=settings.evaluation.bootstrap,
+            usd_per_query=(
+                settings.usd_per_query(router.pair.strong),
+                settings.usd_per_query(router.pair.weak),
+            ),
+        )
+        for one in tables
+    }
+
+
 def evaluation_sets(plan: Plan) -> dict[str, Any]:
     """Return the clean benchmarks as the tables that later versions' rivals are measured on."""
     return {name: evaluation_set(clean.benchmark) for name, clean in plan.clean.items()}
-
-
-def speed(router: Router, prompts: Sequence[str]) -> tuple[float, float]:
-    """Return (queries/s in a batch, median ms for one query), the embedding included.
-
-    The cache is left out: a new query is what a gateway meets.
-    """
-    cached = router.encoder
-    router.encoder = getattr(cached, "encoder", cached)
-    try:
-        some = list(prompts[:SPEED_QUERIES])
-        router.win_rate(some[:2])  # loads the encoder
-        started = time.perf_counter()
-        router.win_rate(some)
-        batch_s = time.perf_counter() - started
-        single = []
-        for prompt in some[:15]:
-            started = time.perf_counter()
-            router.win_rate([prompt])
-            single.append(time.perf_counter() - started)
-        return len(some) / batch_s, statistics.median(single) * 1000
-    finally:
-        router.encoder = cached
-
-
-def log_plots(measured: Sequence[Measured], registry: Registry) -> None:
-    """Log on the open run, for each benchmark, the routers' curves and what quality costs."""
-    import mlflow
-
-    for name in measured[0].evaluations:
-        by_kind = {m.kind: m.evaluations[name] for m in measured}
-        mlflow.log_figure(plot_curves(by_kind), f"curves/{name}.png")
-        log_pareto(by_kind)

@@ -39,7 +39,9 @@ def said(settings: Settings) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # what the database itself said; around it SQLAlchemy says what it was asked
+        cause = getattr(error, "orig", None) or getattr(error.__cause__, "orig", None) or error
+        first = (str(cause).strip() or type(error).__name__).splitlines()[0]
         raise RegistryError(
             f"MLflow at {redacted(settings.resolved_tracking_uri)} did not do what was asked "
             f"({redacted(first)[:200]}): check that it runs and that `tracking_uri` is right"

@@ -9,22 +9,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from registry import moves, promotion
 from registry.calls import patient, said, versions_of
 from registry.chain import History
+from registry.database import make_database
 from registry.gate import Decision
 from registry.history import CHAMPION, Entry, replay, serving_at
 from registry.moves import Smoke
-from routellm.bundle import Bundle, load_bundle
 from routellm.errors import UsageError
-from routellm.evaluation.evaluate import Evaluation
 from routellm.gateway.source import VersionRef
 from routellm.settings import Settings
+
+if TYPE_CHECKING:  # most verbs load no router
+    from routellm.bundle import Bundle
+    from routellm.evaluation.evaluate import Evaluation
 
 _said = said  # the name that registry.log knows it by
 
@@ -108,6 +113,8 @@ class Registry:
         """
         import mlflow
 
+        from routellm.evaluation.evaluate import Evaluation
+
         with _said(self.settings):
             experiment = self.client.get_experiment_by_name(self.settings.experiment)
             if experiment is None:
@@ -126,14 +133,16 @@ class Registry:
         """Return a version's evaluations, by benchmark."""
         import mlflow
 
-        with _said(self.settings):
-            doc = mlflow.artifacts.load_dict(f"runs:/{version.run_id}/evaluations.json")
+        from routellm.evaluation.evaluate import Evaluation
+
+        file = f"runs:/{version.run_id}/evaluations.json"
+        doc = patient(self.settings, partial(mlflow.artifacts.load_dict, file))
         return {name: Evaluation.from_dict(one) for name, one in doc.items()}
 
     def run_metrics(self, version: VersionInfo) -> dict[str, float]:
         """Return a version's metrics as logged on its run."""
-        with _said(self.settings):
-            return dict(self.client.get_run(version.run_id).data.metrics)
+        run = patient(self.settings, partial(self.client.get_run, version.run_id))
+        return dict(run.data.metrics)
 
     def bundle(self, version: VersionInfo, *, cache_path: Path | None = None) -> Bundle:
         """Download a version's bundle and load it.
@@ -144,6 +153,8 @@ class Registry:
             If its files are damaged.
         """
         import mlflow
+
+        from routellm.bundle import load_bundle
 
         with _said(self.settings):
             folder = mlflow.artifacts.download_artifacts(f"models:/{self.model}/{version.version}")
@@ -312,14 +323,15 @@ def connect(settings: Settings) -> Registry:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     uri = settings.resolved_tracking_uri
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     for name in ("mlflow", "alembic"):  # importing MLflow sets its own level
         logging.getLogger(name).setLevel(logging.ERROR)
-    with _said(settings):
+    # it would print a traceback before it raises what `said` makes a sentence of
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+    def reach() -> Registry:
+        make_database(uri)
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
         client = mlflow.MlflowClient(uri, uri)
@@ -327,18 +339,32 @@ def connect(settings: Settings) -> Registry:
             # a server keeps artifacts itself; a bare database would leave them where it is run
             served = uri.startswith(("http://", "https://"))
             local = None if served else (settings.home / "mlartifacts").resolve()
-            with contextlib.suppress(MlflowException):  # made by another process just now
+            with _made_just_now():
                 client.create_experiment(
                     settings.experiment, artifact_location=local.as_uri() if local else None
                 )
         mlflow.set_experiment(settings.experiment)
         registry = Registry(settings, client)
         if registry._registered_model() is None:
-            with contextlib.suppress(MlflowException):
+            with _made_just_now():
                 client.create_registered_model(
                     settings.model, description="LLM routers trained by RouteLLM Ops"
                 )
-    return registry
+        return registry
+
+    return patient(settings, reach)
+
+
+@contextlib.contextmanager
+def _made_just_now() -> Iterator[None]:
+    """Make something, unless another process was faster."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def _info(version: Any, aliases: tuple[str, ...]) -> VersionInfo:

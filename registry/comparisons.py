@@ -116,9 +116,10 @@ class Slices(Check):
         told = [one for one in small if one.value is not None]
         if told:
             worst = min(told, key=lambda one: one.value or 0.0)
+            lowest = worst.name.removeprefix("slice ")
             yield CheckResult(
                 "small slices", "pass", worst.value, worst.low, worst.high, -how.slice_margin,
-                worst.n, f"none of {len(told)} is surely worse; the lowest is {worst.name[6:]}",
+                worst.n, f"none of {len(told)} surely loses more; the lowest: {lowest}",
             )  # fmt: skip
         if not parts:
             yield self.skipped(f"no slice has {MIN_PROMPTS} prompts")

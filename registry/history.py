@@ -24,7 +24,9 @@ CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 ALIASES = (PREVIOUS, CHAMPION, CHALLENGER)  # the order they are set in
 GENESIS = "0" * 64  # what the first entry follows
 
-Action = Literal["promote", "rollback", "revert", "outside", "challenger", "reject", "inconclusive"]
+Action = Literal[
+    "promote", "rollback", "revert", "outside", "challenger", "reject", "inconclusive", "retire"
+]
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,9 @@ def log_version(
                 "simulated": str(bundle.simulated).lower(),
                 "strong": bundle.pair.strong,
                 "weak": bundle.pair.weak,
-                "snapshot_created_at": manifest.created_at,
+                # a router of old battles is as old as these, whenever they were put together
+                "snapshot_created_at": manifest.as_of or manifest.created_at,
+                **({"as_of": manifest.as_of} if manifest.as_of else {}),
                 "snapshot_validated": str(bool(manifest.validation.get("passed"))).lower(),
             },
         )

@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from html import escape
-from typing import TYPE_CHECKING
 
 from registry.client import VersionInfo
-from registry.gate import CheckResult, Decision
+from registry.gate import Decision
+from registry.page import checks_table, figures_table, page, svg, verdict
 from routellm.evaluation.evaluate import Evaluation
 from routellm.evaluation.plots import plot_curves
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_COLOURS = {"promote": "#00724f", "reject": "#b3261e", "inconclusive": "#8a5a00"}
-_MARKS = {"pass": "✓ pass", "fail": "✗ fail", "unsure": "? unsure", "skipped": "– skipped"}
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1b1f24; background: #fff; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid #e3e6ea;
-         vertical-align: top; }
-th { font-weight: 600; color: #57606a; } td.n, th.n { text-align: right; white-space: nowrap; }
-.verdict { border-left: 5px solid; padding: .6rem 1rem; background: #f6f8fa; }
-.verdict b { text-transform: uppercase; letter-spacing: .04em; }
-.fail { color: #b3261e; } .pass { color: #00724f; } .unsure { color: #8a5a00; }
-.skipped { color: #6e7781; } td.o { white-space: nowrap; }
-.simulated { background: #fff3cd; padding: .1rem .4rem; border-radius: 3px; }
-svg { max-width: 100%; height: auto; }
-"""
 
 
 def compare_page(
@@ -42,91 +19,18 @@ def compare_page(
     of_candidate: Mapping[str, Evaluation],
     decision: Decision,
 ) -> str:
-    """Return a page that needs nothing but itself: no script, no address, no prompt text."""
+    """Return the page (see `registry.page`)."""
     names = [f"{v.kind} v{v.version}" for v in (standing, candidate)]
-    title = f"{names[1]} against {names[0]}"
-    flag = ""
-    if standing.simulated or candidate.simulated:
-        flag = ' <span class="simulated">trained on SIMULATED battles</span>'
+    both = dict(zip(names, (of_standing, of_candidate), strict=True))
     parts = [
-        f"<h1>{escape(title)}{flag}</h1>",
-        f'<p class="verdict" style="border-color: {_COLOURS[decision.outcome]}">'
-        f'<b style="color: {_COLOURS[decision.outcome]}">{decision.outcome}</b>: '
-        f"{escape(decision.reason)}</p>",
+        verdict(decision),
         "<h2>What the gate looked at</h2>",
-        _checks(decision.checks),
+        checks_table(decision.checks),
         "<h2>Quality and cost</h2>",
-        _figures(names, of_standing, of_candidate),
+        figures_table(both),
     ]
     for benchmark in (n for n in of_candidate if n in of_standing):
-        both = dict(zip(names, (of_standing[benchmark], of_candidate[benchmark]), strict=True))
-        parts += [f"<h2>{escape(benchmark)}</h2>", _svg(plot_curves(both))]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
-
-
-def _checks(checks: tuple[CheckResult, ...]) -> str:
-    if not checks:
-        return "<p>Nothing: the reason above settled it.</p>"
-    rows = []
-    for one in checks:
-        n = "" if one.n is None else f"{one.n:,}"
-        rows.append(
-            f'<tr><td>{escape(one.name)}</td><td class="o {one.outcome}">{_MARKS[one.outcome]}</td>'
-            f'<td class="n">{one.measured}</td><td class="n">{one.limit}</td><td class="n">{n}</td>'
-            f"<td>{escape(one.detail)}</td></tr>"
-        )
-    head = (
-        '<tr><th>check</th><th></th><th class="n">measured</th><th class="n">limit</th>'
-        '<th class="n">n</th><th></th></tr>'
-    )
-    return f"<table>{head}{''.join(rows)}</table>"
-
-
-def _figures(
-    names: list[str], of_standing: Mapping[str, Evaluation], of_candidate: Mapping[str, Evaluation]
-) -> str:
-    head = "<tr><th>benchmark</th><th>version</th>" + "".join(
-        f'<th class="n">{column}</th>'
-        for column in ("prompts", "APGR [95 %]", "CPT(50)", "CPT(80)", "saved at CPT(50) / (80)")
-    )
-    rows = []
-    for benchmark in of_candidate:
-        for name, found in zip(names, (of_standing, of_candidate), strict=True):
-            if benchmark not in found:
-                continue
-            one = found[benchmark]
-            saved = ""
-            if one.cost is not None:
-                at = (one.cost.at_cpt50, one.cost.at_cpt80)
-                saved = " / ".join(f"{one.cost.saved(cost):.0%}" for cost in at)
-            label = f"{benchmark} (SIMULATED)" if one.simulated else benchmark
-            cells = (
-                f"{one.n:,}",
-                str(one.exact.apgr),
-                f"{one.exact.cpt50.value:.1%}",
-                f"{one.exact.cpt80.value:.1%}",
-                saved,
-            )
-            rows.append(
-                f"<tr><td>{escape(label)}</td><td>{escape(name)}</td>"
-                + "".join(f'<td class="n">{cell}</td>' for cell in cells)
-                + "</tr>"
-            )
-    return f"<table>{head}</tr>{''.join(rows)}</table>"
-
-
-def _svg(figure: Figure) -> str:
-    """Return a figure as inline SVG, the same bytes for the same figure."""
-    import matplotlib as mpl
-
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "routellm", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+        on_it = {name: found[benchmark] for name, found in both.items()}
+        parts += [f"<h2>{escape(benchmark)}</h2>", svg(plot_curves(on_it))]
+    simulated = standing.simulated or candidate.simulated
+    return page(f"{names[1]} against {names[0]}", parts, simulated=simulated)

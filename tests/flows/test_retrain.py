@@ -6,6 +6,7 @@ import mlflow
 import pytest
 
 import expectations
+from flows import trained as trained_routers
 from flows import trials, work
 from flows.engine import configure
 from registry import connect
@@ -61,21 +62,21 @@ def no_work(monkeypatch):
 
     def forbid():
         monkeypatch.setattr(training, "train", refuse)
-        monkeypatch.setattr(work, "evaluate", refuse)
+        monkeypatch.setattr(trained_routers, "measure", refuse)
 
     return forbid
 
 
 def test_a_run_that_is_killed_between_steps_goes_on_where_it_was(plan, prepared, registry, no_work):
     settings, _, manifest = prepared
-    trained = work.train_router("knn", plan, settings)
-    figures = work.evaluate_router(trained, plan, settings)
+    trained = trained_routers.train_router("knn", plan, settings)
+    figures = trained_routers.evaluate_router(trained, plan, settings)
     no_work()
-    again = work.train_router("knn", plan, settings)
+    again = trained_routers.train_router("knn", plan, settings)
     assert again == trained
-    assert work.evaluate_router(again, plan, settings) == figures
+    assert trained_routers.evaluate_router(again, plan, settings) == figures
     with retraining_run(registry, manifest) as parent:
-        first = work.register_router(again, plan, registry, parent)
+        first = trained_routers.register_router(again, plan, registry, parent)
     assert not trained.folder.exists()
     assert first.evaluations == figures
     assert work.find_done(["knn", "random"], plan, registry, settings) == {"knn": first.version}
@@ -85,21 +86,35 @@ def test_a_router_is_registered_once_however_often_it_is_asked_for(plan, prepare
     settings, _, manifest = prepared
     versions = []
     for _ in range(2):
-        trained = work.train_router("random", plan, settings)
-        work.evaluate_router(trained, plan, settings)
+        trained = trained_routers.train_router("random", plan, settings)
+        trained_routers.evaluate_router(trained, plan, settings)
         with retraining_run(registry, manifest) as parent:
-            versions.append(work.register_router(trained, plan, registry, parent).version.version)
+            versions.append(
+                trained_routers.register_router(trained, plan, registry, parent).version.version
+            )
     assert versions[0] == versions[1]
+
+
+def test_a_registered_router_carries_its_curve_on_the_primary_benchmark(plan, prepared, registry):
+    settings, _, manifest = prepared
+    trained = trained_routers.train_router("random", plan, settings)
+    trained_routers.evaluate_router(trained, plan, settings)
+    with retraining_run(registry, manifest) as parent:
+        measured = trained_routers.register_router(trained, plan, registry, parent)
+    curve, on = registry.bundle(measured.version).curve, measured.evaluations[plan.primary]
+    assert (curve.benchmark, curve.n) == (plan.primary, on.n)
+    assert curve.pgr == on.pgr_by_percent
+    assert curve.strong_fraction(0.5) == pytest.approx(on.exact.cpt50.value, abs=0.01)
 
 
 def test_a_version_that_someone_deleted_is_trained_again(plan, prepared, registry):
     settings, _, manifest = prepared
     done = work.find_done(["random"], plan, registry, settings)
     if not done:
-        trained = work.train_router("random", plan, settings)
-        work.evaluate_router(trained, plan, settings)
+        trained = trained_routers.train_router("random", plan, settings)
+        trained_routers.evaluate_router(trained, plan, settings)
         with retraining_run(registry, manifest) as parent:
-            work.register_router(trained, plan, registry, parent)
+            trained_routers.register_router(trained, plan, registry, parent)
         done = work.find_done(["random"], plan, registry, settings)
     registry.client.delete_model_version("router", done["random"].version)
     assert work.find_done(["random"], plan, registry, settings) == {}
@@ -300,8 +315,8 @@ def test_a_trial_that_was_killed_after_training_is_not_trained_again(
     settings, _, manifest = prepared
     (wanted,) = trials_of(settings, "random", seeds=2)
     seeded = with_routers(settings, seed=1)
-    trained = work.train_router("random", plan, seeded)
-    work.evaluate_router(trained, plan, seeded, with_speed=False)
+    trained = trained_routers.train_router("random", plan, seeded)
+    trained_routers.evaluate_router(trained, plan, seeded, with_speed=False)
     no_work()
     with retraining_run(registry, manifest, what="compare") as parent:
         done = trials.run_trial(wanted, plan, registry, settings, parent)

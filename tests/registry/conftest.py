@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import uuid
-import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from registry import Registry, connect
 from routellm.settings import Settings
-from tests.support.servers import NO_POSTGRES, Stack, mlflow_stack, postgres_programs
+from tests.support.bare import bare_settings
+from tests.support.databases import shared_postgres
+from tests.support.servers import Stack, mlflow_stack
 
 
 @pytest.fixture(scope="session")
 def servers() -> Iterator[Stack]:
     """An MLflow server on PostgreSQL and S3; started once, at the first test that asks for it."""
-    if postgres_programs() is None:
-        if os.environ.get("CI"):
-            pytest.fail(NO_POSTGRES)
-        warnings.warn(f"the registry was NOT tested on a server: {NO_POSTGRES}", stacklevel=1)
-        pytest.skip(NO_POSTGRES)
-    with mlflow_stack() as stack:
+    with mlflow_stack(shared_postgres("the registry was")) as stack:
         yield stack
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return bare_settings(tmp_path / "home")
 
 
 @pytest.fixture

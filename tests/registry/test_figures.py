@@ -22,7 +22,8 @@ from routellm.bundle import Bundle, golden_predictions
 from routellm.calibration import Calibration
 from routellm.evaluation.benchmarks import Benchmark
 from routellm.evaluation.evaluate import evaluate
-from routellm.evaluation.plots import _upper_hull, plot_pareto
+from routellm.evaluation.metrics import upper_hull
+from routellm.evaluation.plots import plot_pareto
 from routellm.routers.base import Pair
 from routellm.settings import EmbeddingSettings
 from routellm.snapshots import Manifest
@@ -112,7 +113,7 @@ points = hnp.arrays(
 
 @given(points)
 def test_a_hull_lies_on_or_above_all_points_and_bends_down(found):
-    hull = _upper_hull(found)
+    hull = upper_hull(found)
     assert {tuple(p) for p in hull} <= {tuple(p) for p in found}
     if found[:, 0].min() == found[:, 0].max():
         return

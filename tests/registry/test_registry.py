@@ -1,6 +1,7 @@
 """What the registry offers, on SQLite and on a server with PostgreSQL and S3 (see conftest.py)."""
 
 import json
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -155,3 +156,17 @@ def test_the_model_works_from_anywhere(registry, add, tmp_path):
     assert done.returncode == 0, done.stderr
     shares = list(json.loads(done.stdout.splitlines()[-1]).values())
     assert shares == pytest.approx([0.3, 0.1, 0.5], abs=0.12)
+
+
+def test_a_database_that_is_locked_for_a_moment_is_waited_for(tmp_path):
+    def at(timeout_s):  # which is SQLite's own patience; each address is opened anew
+        uri = f"sqlite:///{tmp_path / 'mlflow.db'}?timeout={timeout_s}"
+        return Settings(home=tmp_path / "home", tracking_uri=uri)
+
+    connect(at(0.1))
+    locking = sqlite3.connect(tmp_path / "mlflow.db", check_same_thread=False)
+    locking.execute("BEGIN EXCLUSIVE")
+    let_go = threading.Timer(1.0, locking.rollback)
+    let_go.start()
+    assert connect(at(0.2)).versions() == []
+    assert let_go.finished.is_set()

@@ -1,0 +1,1 @@
+"""What is watched while the loop runs by itself: freshness, drift, spend, gateways' health."""
