@@ -1,0 +1,62 @@
+"""docs/policies.md: its command on a small table, and what it leaves; hashed words embed."""
+
+import json
+
+import mlflow
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.e2e.shared import inside
+from tests.support.words_endpoint import as_environment, words_endpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+STRONG, WEAK = "gpt-4-1106-preview", "mixtral-8x7b-instruct-v0.1"
+
+
+@pytest.fixture
+def tables(tmp_path):
+    """A table in which weak fails on what is hard."""
+    prompts = [f"{'hard' if i % 2 else 'easy'} question {i}" for i in range(300)]
+    hard = np.arange(300) % 2 == 1
+    said = {f"{model}:response": ["one two three"] * 300 for model in (WEAK, STRONG)}
+    table = {"prompt": prompts, WEAK: ~hard, STRONG: np.ones(300, bool), **said}
+    (tmp_path / "tables").mkdir()
+    pq.write_table(pa.table(table), tmp_path / "tables" / "gsm8k.parquet")
+    return tmp_path / "tables"
+
+
+def test_every_policy_is_measured_drawn_and_logged(tmp_path, tables, monkeypatch):
+    home, out = tmp_path / "h", tmp_path / "report"
+    monkeypatch.setenv("ROUTELLM_EVALUATION__BOOTSTRAP", "100")
+    with words_endpoint() as url:
+        for name, value in as_environment(url).items():
+            monkeypatch.setenv(name, value)
+        args = ("--home", home, "policies", "--data", tables, "--out", out)
+        done = inside(*args, "--json")
+        assert done.returncode == 0, done.stderr
+        refused = inside(*args, "--tables", "gsm8k,nowhere")
+    found = {one["policy"]: one for one in json.loads(done.stdout)}
+    assert len(found) == 8
+    blind, oracle = found.pop("zero router"), found.pop("oracle")
+    for one in found.values():
+        assert blind["aiq"]["value"] < one["aiq"]["value"] <= oracle["aiq"]["value"], one["policy"]
+        assert (one["apgr"] is None) == one["policy"].endswith("over the pool")
+    assert (out / "pareto-gsm8k.png").read_bytes()[:4] == b"\x89PNG"
+    assert len((out / "policies.md").read_text().splitlines()) == 2 + 8
+
+    uri = f"sqlite:///{home / 'mlflow.db'}"
+    client = mlflow.MlflowClient(uri, uri)
+    (experiment,) = (e for e in client.search_experiments() if e.name == "routellm-policies")
+    runs = client.search_runs([experiment.experiment_id], "tags.role = 'policy'")
+    assert {run.data.tags["policy"] for run in runs} == {*found, "zero router", "oracle"}
+    knn = next(run for run in runs if run.data.tags["policy"] == "knn on a pair")
+    told = found["knn on a pair"]
+    assert knn.data.metrics["aiq"] == told["aiq"]["value"]
+    curve = client.get_metric_history(knn.info.run_id, "curve.quality")
+    assert [m.value for m in sorted(curve, key=lambda m: m.step)] == [q for _, q in told["points"]]
+
+    assert refused.returncode == 2
+    assert "no table 'nowhere'" in refused.stderr
+    assert "it has gsm8k" in refused.stderr
