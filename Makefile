@@ -17,10 +17,10 @@ ROUTERS ?=
 run: .venv/.installed  ## the whole loop; DATA=<folder, file or hub name>, ROUTERS=<kinds, or all: every kind, with and without labels>
 	@$(BIN)/routellm retrain $(if $(DATA),--source "$(DATA)") $(if $(ROUTERS),--routers "$(ROUTERS)") $(if $(filter all,$(ROUTERS)),--compare-augmentation)
 
-# two workers of one thread each: torch's own threads would wait for each other; in the order of
+# three workers of one thread each on two cores: many tests wait for servers; in the order of
 # their names, since the long files are of the first folders
 test: .venv/.installed  ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 25
 
 test-fast: .venv/.installed  ## no server, under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

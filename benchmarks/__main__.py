@@ -23,6 +23,8 @@ QUICK = {
     "encoder": ("benchmarks.encoder", "measure"),
     "ingest": ("benchmarks.ingest", "measure"),
     "routers": ("benchmarks.growth", "measure_quick"),
+    "pacer": ("benchmarks.pacer", "measure"),
+    "gateway": ("benchmarks.gateway", "measure"),
 }
 
 

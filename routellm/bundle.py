@@ -1,7 +1,8 @@
 """A router as files: weights in safetensors, all else in JSON, each file's digest beside it.
 
 A bundle is what is registered, downloaded, cached and served: the router, what its thresholds
-mean (calibration), and golden predictions that a fresh copy must reproduce before it serves.
+mean (calibration), what its strong fractions are worth (its curve on a benchmark), and golden
+predictions that a fresh copy must reproduce before it serves.
 """
 
 from __future__ import annotations
@@ -18,14 +19,46 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from routellm.calibration import Calibration, Platt
+from routellm.calibration import Calibration, Platt, check_share
 from routellm.embeddings import Encoder, get_encoder
 from routellm.errors import BundleError, UsageError
+from routellm.evaluation.metrics import Curve
 from routellm.routers.base import Pair, Router, make_router, router_class
 from routellm.settings import EmbeddingSettings
 from routellm.snapshots import file_sha256, write_atomic
 
 _FILES = ("weights.safetensors", "router.json")
+
+
+@dataclass(frozen=True)
+class QualityCurve:
+    """What strong fractions of a version are worth, on one benchmark.
+
+    Attributes
+    ----------
+    benchmark : str
+        What it was measured on; other queries have another curve.
+    n : int
+        How many prompts.
+    pgr : tuple of 101 floats
+        Performance gap recovered at strong fractions of 0, 1, ..., 100 % (exact reading).
+    """
+
+    benchmark: str
+    n: int
+    pgr: tuple[float, ...]
+
+    def strong_fraction(self, quality: float) -> float:
+        """Return the smallest strong fraction that recovers this share of the gap, its CPT.
+
+        Raises
+        ------
+        UsageError
+            If the quality is outside [0, 1].
+        """
+        check_share(quality, "quality")
+        curve = Curve(np.linspace(0.0, 1.0, len(self.pgr)), np.array(self.pgr))
+        return min(1.0, curve.cpt(quality))
 
 
 @dataclass(frozen=True)
@@ -44,6 +77,8 @@ class Bundle:
         Digest of the snapshot it was trained on.
     simulated : bool
         Whether any of its battles were simulated.
+    curve : QualityCurve or None
+        On the benchmark that promotion looks at; None in versions from before there was one.
     """
 
     router: Router
@@ -53,6 +88,7 @@ class Bundle:
     snapshot: str
     simulated: bool
     code_version: str
+    curve: QualityCurve | None = None
 
     @property
     def kind(self) -> str:
@@ -124,6 +160,7 @@ def save_bundle(bundle: Bundle, directory: Path) -> None:
             "snapshot": bundle.snapshot,
             "simulated": bundle.simulated,
             "code_version": bundle.code_version,
+            "curve": None if bundle.curve is None else asdict(bundle.curve),
         }
         write_atomic(temporary / "router.json", json.dumps(document, indent=1, sort_keys=True))
         sums = {name: file_sha256(temporary / name) for name in _FILES}
@@ -176,7 +213,7 @@ def load_bundle(
         router = make_router(doc["kind"], encoder, Pair(**doc["pair"]), doc["options"])
         router.load_state(arrays, doc["state"])
         router.platt = Platt(**doc.get("platt", {}))  # bundles from before have none
-        calibration = doc["calibration"]
+        calibration, curve = doc["calibration"], doc.get("curve")
         return Bundle(
             router=router,
             embedding=embedding,
@@ -187,6 +224,7 @@ def load_bundle(
             snapshot=doc["snapshot"],
             simulated=doc["simulated"],
             code_version=doc["code_version"],
+            curve=curve and QualityCurve(curve["benchmark"], curve["n"], tuple(curve["pgr"])),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(

@@ -187,7 +187,7 @@ class Calibration:
         """Return the win rate from which `strong_fraction` of the sample goes to strong."""
         check_share(strong_fraction, "strong fraction")
         if strong_fraction == 0.0:
-            return 1.0 if self.quantiles[-1] < 1.0 else float(np.nextafter(1.0, 2.0))
+            return float(np.nextafter(1.0, 2.0))  # above every win rate, of the sample or not
         return float(np.interp(1.0 - strong_fraction, np.linspace(0, 1, _GRID), self.quantiles))
 
     def threshold_interval(self, strong_fraction: float) -> tuple[float, float]:

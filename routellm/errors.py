@@ -7,6 +7,8 @@
     ├── SourceError                 a source cannot be read (missing, truncated, wrong shape)
     │   └── SourceUnreachable       its host did not answer: worth another try
     ├── SnapshotError               a snapshot is missing, damaged or cannot be written
+    ├── StorageError                the storage outside the home refuses, or holds what is damaged
+    │   └── StorageUnreachable      it did not answer for a minute: worth another try
     ├── ValidationError             a critical expectation failed; nothing was trained
     ├── EmbeddingError              an encoder is missing, damaged or did not answer
     ├── BenchmarkError              a benchmark table is missing, damaged or lacks the pair's models
@@ -14,6 +16,8 @@
     ├── JudgeError                  the LLM judge cannot be asked, or its run stopped early
     ├── BundleError                 a saved router is missing a file, damaged or of another kind
     ├── RegistryError               MLflow did not answer, or has no such version or alias
+    ├── FeedbackError               the feedback store is not one of ours, or damaged
+    │   └── FeedbackUnreachable     it does not answer: worth another try
     └── GatewayError                a request the gateway refuses or cannot serve (carries a status)
 
 Messages say what was wrong, what was found and what to do, in one sentence a person can act on.
@@ -42,6 +46,14 @@ class SourceUnreachable(SourceError):
 
 class SnapshotError(RouteLLMError):
     """A snapshot is missing, damaged, or could not be written."""
+
+
+class StorageError(RouteLLMError):
+    """The storage that machines share refuses what is asked of it, or holds what is damaged."""
+
+
+class StorageUnreachable(StorageError):
+    """The storage did not answer, though it was asked for a while; it may at another time."""
 
 
 class ValidationError(RouteLLMError):
@@ -83,9 +95,19 @@ class GatewayError(RouteLLMError):
         HTTP status to answer with.
     code : str
         OpenAI-style error code.
+    retry_after_s : float, optional
+        Seconds after which another try makes sense; sent as ``Retry-After``.
     """
 
-    def __init__(self, message: str, *, status: int = 400, code: str = "invalid_request") -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        code: str = "invalid_request",
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
+        self.retry_after_s = retry_after_s

@@ -22,6 +22,7 @@ from routellm.standings import standings
 
 CHOICES = (0.0, 0.25, 1.0)
 MIN_GAIN = 0.01
+OUR_OWN = "feedback"
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,20 @@ class LabelWeights:
 
 
 def choose_label_weights(battles: TrainingBattles) -> LabelWeights:
-    """Choose a weight for each label kind; 1 for the trusted one."""
+    """Choose a weight for each label kind; 1 for the trusted one, and for feedback.
+
+    Feedback is what people said of this very deployment's answers to its own queries. It is mostly
+    of other prompts than the trusted labels, so that how well it foretells those says little of
+    what it is worth: whether a router that learnt from it is better is the gate's to say.
+    """
     trusted, prompts = battles.trusted_kind(), battles.trusted_prompts()
     weights = dict.fromkeys(battles.kinds_by_trust(), 0.0) | {trusted: 1.0}
     errors: dict[str, tuple[float, ...]] = {}
     for kind in battles.kinds_by_trust():
         if kind == trusted:
+            continue
+        if kind == OUR_OWN:
+            weights[kind] = 1.0
             continue
         tried = [
             _errors(battles, weights | {kind: weight}, (trusted, prompts)) for weight in CHOICES

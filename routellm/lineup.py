@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import connected_components
 
 from routellm.battles import canonical_model
 from routellm.errors import UsageError
@@ -52,6 +50,9 @@ class Lineup:
     @classmethod
     def of(cls, battles: TrainingBattles) -> Lineup:
         """Count and rate the models of training battles; a battle of weight 0 does not count."""
+        from scipy.sparse import csr_matrix
+        from scipy.sparse.csgraph import connected_components
+
         m = len(battles.models)
         kinds = tuple(battles.kinds_by_trust())
         count, group = np.zeros((2, len(kinds), m), np.int64)

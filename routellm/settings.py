@@ -19,6 +19,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from routellm.errors import UsageError
+
 PAPER_STRONG = "gpt-4-1106-preview"
 PAPER_WEAK = "mixtral-8x7b-instruct-v0.1"
 
@@ -246,11 +248,86 @@ class PromotionSettings(_Group):
 
 
 class Upstream(_Group):
-    """One OpenAI-compatible endpoint that answers queries."""
+    """One endpoint that answers queries."""
 
-    base_url: str = Field(description="up to and including /v1")
-    model: str = Field(description="model name sent to it")
+    via: Literal["http", "litellm"] = Field(
+        "http",
+        description="how it is asked: over HTTP, as an OpenAI-compatible endpoint, or through "
+        "LiteLLM (an extra), which speaks other protocols; `model` is then LiteLLM's name",
+    )
+    base_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s?#]+$",
+        description="up to and including /v1; with litellm, by default the provider's own",
+    )
+    model: str = Field(min_length=1, description="model name sent to it")
     api_key: SecretStr | None = Field(None, description="sent as a bearer token; never logged")
+    api_key_file: Path | None = Field(
+        None, description="file that holds the key, instead of api_key"
+    )
+    speaks: tuple[Literal["openai", "anthropic"], ...] = Field(
+        ("openai",), description="protocols: anthropic adds /v1/messages"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Upstream:
+        if self.via == "http" and self.base_url is None:
+            raise ValueError("base_url is needed, unless via is litellm")
+        if self.via == "litellm" and "anthropic" in self.speaks:
+            raise ValueError("through litellm an upstream speaks openai only")
+        return self
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Upstream:
+        if self.api_key is not None and self.api_key_file is not None:
+            raise ValueError("give api_key or api_key_file, not both")
+        return self
+
+    def key(self) -> str | None:
+        """Return the key that requests carry; None if there is none.
+
+        Raises
+        ------
+        UsageError
+            If its file cannot be read or is empty.
+        """
+        if self.api_key is not None:
+            return self.api_key.get_secret_value()
+        if self.api_key_file is None:
+            return None
+        try:
+            key = self.api_key_file.read_text().strip()
+        except (OSError, ValueError) as error:
+            raise UsageError(f"the key file {self.api_key_file} cannot be read: {error}") from error
+        if not key or "\n" in key:
+            raise UsageError(f"the key file {self.api_key_file} must hold one line, the key")
+        return key
+
+
+class FeedbackSettings(_Group):
+    """What the gateway keeps of its decisions and of what users made of them."""
+
+    enabled: bool = Field(False, description="record decisions, and take POST /v1/feedback")
+    store: str | None = Field(
+        None, description="address of the store: sqlite:///FILE or postgresql://...; by default "
+        "SQLite in the home folder"
+    )  # fmt: skip
+    store_prompts: bool = Field(
+        False, description="store prompts, redacted: battles can be made only of these"
+    )
+    keep_days: float = Field(30.0, gt=0, description="days after which prompts are removed")
+    phone_regions: tuple[str, ...] = Field(
+        ("US",), description="countries whose phone numbers are recognised without country code"
+    )
+    queue: int = Field(10_000, ge=100, description="records that may wait to be written")
+    duel_fraction: float = Field(
+        0.0, ge=0, le=1,
+        description="share of routed chat completions that both models answer and the judge "
+        "(`judge`) compares",
+    )  # fmt: skip
+    duel_usd_per_day: float = Field(
+        1.0, ge=0, description="dollars a day that duels may spend, in each process"
+    )
 
 
 class GatewaySettings(_Group):
@@ -264,10 +341,33 @@ class GatewaySettings(_Group):
         None, ge=0, le=1, description="win rate from which a query goes to strong"
     )
     strong_fraction: float = Field(
-        0.5, ge=0, le=1, description="share of queries for strong, when no threshold is set"
+        0.5, ge=0, le=1, description="share of queries for strong, when nothing else is set"
+    )
+    quality: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the gap between weak and strong to recover, instead of a fraction",
+    )
+    max_usd: float | None = Field(
+        None, ge=0, description="most dollars that a query may cost on average, instead"
+    )
+    pacer: bool = Field(
+        True, description="keep the strong fraction asked for while the traffic drifts"
+    )
+    pacer_window: int = Field(
+        500, ge=50, le=100_000, description="queries that the paced threshold is taken from"
+    )
+    pacer_most_odds: float = Field(
+        8.0,
+        ge=1,
+        description="how far the pacer may move the odds of the calibrated fraction, as a factor",
     )
     fallback: Literal["strong", "weak"] = Field(
         "strong", description="route when there is no router to ask"
+    )
+    workers: int = Field(
+        1, ge=1, le=64, description="processes that serve, each with a router of its own"
     )
     alias: str = Field("champion", description="alias to serve")
     challenger: Literal["off", "shadow", "canary"] = Field(
@@ -279,8 +379,209 @@ class GatewaySettings(_Group):
         0.05, gt=0, le=0.5, description="share of requests that a canary decides for"
     )
     poll_s: float = Field(2.0, gt=0, description="seconds between looks at the alias")
+    nudge_secret: SecretStr | None = Field(
+        None,
+        description="key of the signature of webhooks (MLflow's, or our own) that have it look at "
+        "the alias at once (POST /admin/look); never logged",
+    )
+    nudge_jitter_s: float = Field(
+        0.0, ge=0, description="longest random wait before such a look: spreads a large fleet's"
+    )
+    scored: Literal["user_turns", "last_user_turn", "first_user_turn"] = Field(
+        "user_turns",
+        description="what of a conversation is scored: as many of the latest user turns as are "
+        "within scored_tokens, the last, or the first, as in training",
+    )
+    scored_tokens: int = Field(
+        512, ge=1, le=100_000, description="tokens that are scored, at four characters each"
+    )
+    routing_timeout_s: float = Field(
+        2.0, gt=0, description="seconds for a decision; then `fallback` answers"
+    )
     timeout_s: float = Field(600.0, gt=0, description="seconds to wait for an upstream")
+    connect_timeout_s: float = Field(5.0, gt=0, description="seconds to connect to an upstream")
+    retries: int = Field(
+        2, ge=0, le=10, description="further tries of a query that an upstream has not worked on"
+    )
+    retry_wait_s: float = Field(
+        0.25, gt=0, description="longest wait before the first further try; doubles with each"
+    )
+    retry_longest_s: float = Field(
+        2.0, gt=0, description="longest wait before any try, also where an upstream asks for more"
+    )
+    breaker_failures: int = Field(
+        5, ge=1, description="failures in a row after which an upstream is left alone"
+    )
+    breaker_open_s: float = Field(
+        10.0, gt=0, description="seconds that it is left alone before the next try"
+    )
+    stand_in: bool = Field(
+        True, description="let the other model answer a routed query when the chosen one fails"
+    )
+    open_metrics: bool = Field(
+        True, description="whether /metrics and the status page need no (admin) key"
+    )
+    max_concurrent: int = Field(
+        512, ge=1, description="requests at once; more are told to come again (429)"
+    )
     max_body_bytes: int = Field(10_000_000, ge=1, description="largest request body accepted")
+    log_format: Literal["json", "plain", "off"] = Field(
+        "json",
+        description="lines on stderr: JSON or plain, one a request; or warnings and errors alone",
+    )
+    log_prompts: bool = Field(False, description="write the text that was scored into the log")
+    otlp_endpoint: str | None = Field(
+        None, description="OTLP/HTTP address that traces are sent to, such as an MLflow server's"
+    )
+    embeddings: Upstream | None = Field(
+        None, description="endpoint of /v1/embeddings, which is not routed; by default weak's"
+    )
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches the gateway."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+class WorkersSettings(_Group):
+    """Prefect's work pools, on which deployments run, and what a run does side by side."""
+
+    train: Literal["here", "deployments"] = Field(
+        "here",
+        description="where routers are trained: in the process that retrains, or each as a run of "
+        "`train-router` on a work pool",
+    )
+    cpu_pool: str = Field("cpu", min_length=1, description="work pool of what needs no GPU")
+    gpu_pool: str = Field(
+        "gpu", min_length=1, description="work pool of `gpu_kinds`; without one, `cpu_pool`'s"
+    )
+    gpu_kinds: tuple[str, ...] = Field(
+        ("bert", "causal_llm"), description="router kinds to train on a GPU where there is one"
+    )
+    gpus: int = Field(
+        1, ge=1, description="CUDA devices that trainings may hold at once, over all machines"
+    )
+    wait_s: float = Field(
+        30.0, ge=0, description="seconds to wait for a worker of a work pool to be online"
+    )
+    runner: Literal["threads", "ray"] = Field(
+        "threads",
+        description="what embeds, and trains routers and trials, side by side within a retraining: "
+        "threads of its process, or a Ray cluster",
+    )
+    at_once: int | None = Field(
+        None,
+        ge=1,
+        description="how much is done side by side: by default 1 with threads, and as many as the "
+        "machine has cores on a Ray cluster that is started for the run; one that `ray_address` "
+        "names does as many as it has CPUs",
+    )
+    ray_address: str | None = Field(
+        None,
+        min_length=1,
+        description="Ray cluster that runs already, as host:6379 or ray://host:10001; by default "
+        "one is started on this machine for the run",
+    )
+    min_fresh_battles: int = Field(
+        1000, ge=1, description="battles not yet trained on that ask for a retraining at once"
+    )
+    folder: Path | None = Field(
+        None,
+        description="where runs of a worker find routellm.toml and start relative paths; set it in "
+        "the worker's environment, since Prefect starts runs in a temporary folder",
+    )
+
+
+class Latency(_Group):
+    """How long a model takes: so many seconds, and so many more for each token it writes."""
+
+    first_token_s: float = Field(0.4, ge=0, description="seconds to the first token")
+    token_s: float = Field(0.015, ge=0, description="seconds for each token written")
+
+
+class PoliciesSettings(_Group):
+    """How policies are compared on recorded tables."""
+
+    tokenizer: str = Field(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        description="what counts tokens: a hub name or a folder; the default is installed",
+    )
+    latency: dict[str, Latency] = Field(
+        {PAPER_STRONG: Latency(first_token_s=0.6, token_s=0.03)},
+        description="seconds that a call takes, by model: `[policies.latency.MODEL]` with "
+        "first_token_s and token_s; others take 0.4 s and 15 ms a token",
+    )
+
+    def latency_of(self, model: str) -> Latency:
+        """Return how long a model takes."""
+        return self.latency.get(model, Latency())
+
+
+class UpSettings(_Group):
+    """`routellm up`: all parts on one machine."""
+
+    host: str = Field("127.0.0.1", description="address that Prefect's server and MLflow listen on")
+    prefect_port: int = Field(4200, ge=1, le=65535, description="port of Prefect's server")
+    mlflow_port: int = Field(5000, ge=1, le=65535, description="port of MLflow's server")
+    runs_at_once: int = Field(
+        6,
+        ge=3,
+        le=256,
+        description="flow runs at once in a pool; a retraining is one, and one more for each "
+        "router that it has trained",
+    )
+
+
+class MonitorSettings(_Group):
+    """What is watched while the loop runs by itself, and from where on it is said."""
+
+    gateways: tuple[str, ...] = Field(
+        (), description="addresses of gateways to look at, without /v1; by default the one of "
+        "`gateway.host` and `gateway.port`",
+    )  # fmt: skip
+    timeout_s: float = Field(5.0, gt=0, description="seconds to wait for a gateway")
+    follow_s: float = Field(
+        60.0, ge=0, description="seconds that a gateway may take to serve what the alias points at"
+    )
+    max_snapshot_age_days: float = Field(7.0, gt=0, description="age of the newest snapshot")
+    max_champion_age_days: float = Field(
+        30.0, gt=0, description="days since the champion was trained"
+    )
+    window_hours: float = Field(24.0, gt=0, description="hours of traffic that are looked at")
+    min_decisions: int = Field(500, ge=50, description="fewest decisions, or prompts, to judge by")
+    warn_psi: float = Field(
+        0.1, gt=0, description="drift of the traffic that is warned of (PSI; 0.1 is a small shift)"
+    )
+    max_psi: float = Field(
+        0.25, gt=0, description="drift that fails and asks for a retraining (0.25: a major shift)"
+    )
+    strong_fraction_tolerance: float = Field(
+        0.1, gt=0, le=1, description="distance of the strong fraction from what is asked for"
+    )
+    usd_per_day: float | None = Field(
+        None, gt=0, description="dollars that all answers of a day (UTC) may cost"
+    )
+    warn_share: float = Field(
+        0.8, gt=0, le=1, description="share of any other limit from which on it is warned of"
+    )
+
+
+class RetentionSettings(_Group):
+    """What `routellm compact` keeps."""
+
+    snapshots: int = Field(10, ge=1, description="newest snapshots that are kept")
+    snapshot_days: float = Field(
+        30.0, ge=1, description="days that a snapshot is kept, and what the history names"
+    )
+    versions: int = Field(20, ge=1, description="newest versions of the router that are kept")
+    run_days: float = Field(
+        30.0, ge=1, description="days that runs of trials, and those without a version, are kept"
+    )
+    quarantine_days: float = Field(90.0, ge=1, description="days that quarantined rows are kept")
+    leftover_days: float = Field(
+        7.0, ge=1, description="days that what killed runs left is kept, for them to go on from"
+    )
 
 
 class Settings(BaseSettings):
@@ -295,6 +596,12 @@ class Settings(BaseSettings):
     )
 
     home: Path = Field(Path(".routellm"), description="folder for everything this software writes")
+    storage: str | None = Field(
+        None,
+        description="where several machines keep snapshots, embeddings and trained routers in "
+        "common: s3://bucket/prefix, or file:///folder that they all mount; by default each home "
+        "has its own",
+    )
     tracking_uri: str | None = Field(
         None, description="MLflow tracking server; by default SQLite in the home folder"
     )
@@ -309,6 +616,13 @@ class Settings(BaseSettings):
     sources: tuple[str, ...] = Field(
         ("simulated://arena",), description="where battles come from: files, folders, hub names"
     )
+    inbox: Path | None = Field(
+        None, description="folder that files of new battles are dropped into; by default `inbox` "
+        "in the home folder"
+    )  # fmt: skip
+    inbox_settle_s: float = Field(
+        10.0, ge=0, description="seconds for which a file in the inbox must not have changed"
+    )
     prices: dict[str, Price] = Field(
         {PAPER_STRONG: Price(input=10.0, output=30.0), PAPER_WEAK: Price(input=0.24, output=0.24)},
         description="dollars per million tokens, by model: `[prices.MODEL]` with input and output",
@@ -321,6 +635,12 @@ class Settings(BaseSettings):
     evaluation: EvaluationSettings = EvaluationSettings()
     promotion: PromotionSettings = PromotionSettings()
     gateway: GatewaySettings = GatewaySettings()
+    feedback: FeedbackSettings = FeedbackSettings()
+    monitor: MonitorSettings = MonitorSettings()
+    retention: RetentionSettings = RetentionSettings()
+    workers: WorkersSettings = WorkersSettings()
+    policies: PoliciesSettings = PoliciesSettings()
+    up: UpSettings = UpSettings()
 
     @model_validator(mode="after")
     def _pair_is_whole(self) -> Settings:
@@ -346,6 +666,11 @@ class Settings(BaseSettings):
     def snapshots_dir(self, *, simulated: bool = False) -> Path:
         """Where snapshots live; simulated battles never share a snapshot with real ones."""
         return self.home / ("snapshots-simulated" if simulated else "snapshots")
+
+    @property
+    def inbox_dir(self) -> Path:
+        """Where files of new battles are dropped."""
+        return self.inbox or self.home / "inbox"
 
     @property
     def quarantine_dir(self) -> Path:

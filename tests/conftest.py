@@ -10,11 +10,9 @@ import pyarrow as pa
 import pytest
 from hypothesis import settings as hypothesis_settings
 
+from routellm.cli import context
 from routellm.routers.base import Pair, TrainingBattles
 from routellm.settings import Settings
-
-# the shared retraining is for the documents' test too
-pytest_plugins = ["tests.e2e.shared"]
 
 # a property is no slower for a busy machine: examples are not timed
 hypothesis_settings.register_profile("untimed", deadline=None)
@@ -29,6 +27,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("ROUTELLM_", "MLFLOW_TRACKING", "MLFLOW_REGISTRY", "PREFECT_")):
             monkeypatch.delenv(name)
+    monkeypatch.setattr(context, "_overrides", {})  # what a command remembers for its process
     monkeypatch.chdir(tmp_path)
 
 

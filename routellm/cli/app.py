@@ -7,10 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from routellm.cli.backtest import BACKTEST, backtest
+from routellm.cli.compact import COMPACT, compact
 from routellm.cli.context import load_settings, out, print_json, registry_of, set_home
+from routellm.cli.deploy import DEPLOY, deploy
+from routellm.cli.doctor import DOCTOR, doctor
+from routellm.cli.feedback import FORGET, forget
 from routellm.cli.judge import EXAMPLE as JUDGE_EXAMPLE
 from routellm.cli.judge import judge
+from routellm.cli.keys import keys_app
+from routellm.cli.monitor import MONITOR, monitor
 from routellm.cli.options import Benchmarks, Json
+from routellm.cli.policies import POLICIES, policies
 from routellm.cli.promotion import (
     COMPARE,
     HISTORY,
@@ -25,6 +33,9 @@ from routellm.cli.promotion import (
     versions,
 )
 from routellm.cli.routing import CALIBRATE, EVALUATE, ROUTE, calibrate, evaluate, route
+from routellm.cli.serving import SERVE, serve
+from routellm.cli.up import DOWN, UP, down, up
+from routellm.cli.watch import WATCH, watch
 from routellm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -56,9 +67,9 @@ def options(
 
 
 def _store(settings: Settings, *, simulated: bool) -> SnapshotStore:
-    from routellm.snapshots import SnapshotStore
+    from routellm.snapshots import snapshot_store
 
-    return SnapshotStore(settings.snapshots_dir(simulated=simulated))
+    return snapshot_store(settings, simulated=simulated)
 
 
 def _latest(settings: Settings) -> tuple[SnapshotStore, Manifest] | None:
@@ -90,9 +101,10 @@ def ingest(sources: Sources = None, json: Json = False) -> None:
     """Read what is new, check it, and publish a snapshot."""
     import expectations
     from routellm.ingest import stage
+    from routellm.sources.inbox import sources_now
 
     settings = load_settings()
-    names = list(sources or settings.sources)
+    names = list(sources or sources_now(settings))
     simulated = all(name.startswith("simulated://") for name in names)
     store = _store(settings, simulated=simulated)
     staged = stage(names, store, settings)
@@ -195,6 +207,13 @@ def retrain(
             help="Train each router also without the pair's golden and judge labels.",
         ),
     ] = False,
+    as_of: Annotated[
+        str | None,
+        typer.Option(
+            help="Train on what was known by then: a date (the end of that day, UTC) or a date "
+            "and time. Reads no source and leaves the champion alone."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Ingest, validate, train, evaluate, register and promote, once."""
@@ -207,11 +226,14 @@ def retrain(
         move_alias=promote,
         seeds=seeds,
         compare_augmentation=compare_augmentation,
+        as_of=as_of,
         as_json=json,
     )
 
 
+app.command(epilog=BACKTEST)(backtest)
 app.command(epilog=EVALUATE)(evaluate)
+app.command(epilog=POLICIES)(policies)
 
 
 app.command(epilog=VERSIONS)(versions)
@@ -223,55 +245,16 @@ app.command(epilog=ROUTE)(route)
 app.command(epilog=CALIBRATE)(calibrate)
 
 
-@app.command(epilog="Example: routellm serve --demo")
-def serve(
-    demo: Annotated[bool, typer.Option(help="Two built-in echo upstreams.")] = False,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
-    json: Json = False,
-) -> None:
-    """Run the OpenAI-compatible gateway."""
-    from routellm.gateway.server import serve as run
-    from routellm.settings import GatewaySettings
-
-    settings = load_settings()
-    given = {k: v for k, v in {"host": host, "port": port}.items() if v is not None}
-    try:
-        gateway = GatewaySettings.model_validate({**settings.gateway.model_dump(), **given})
-    except ValueError as error:
-        raise UsageError(f"--host or --port is not allowed: {given}") from error
-    settings = settings.model_copy(update={"gateway": gateway})
-    url = f"http://{gateway.host}:{gateway.port}/v1"
-    if json:
-        print_json({"url": url, "alias": gateway.alias, "demo": demo})
-    else:
-        out.print(
-            f"gateway on [bold]{url}[/], following {settings.model}@{gateway.alias}"
-            + (", DEMO upstreams" if demo else "")
-            + ("" if gateway.challenger == "off" else f", challenger in {gateway.challenger}")
-        )
-    beside = gateway.model_copy(update={"alias": "challenger"})
-    challenger = _LazySource(settings.model_copy(update={"gateway": beside}))
-    run(settings, _LazySource(settings), demo=demo, challenger=challenger)
-
-
-class _LazySource:
-    """The registry as the gateway's source, connected at each look until it answers once."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._registry: Any = None
-
-    def _connected(self) -> Any:
-        if self._registry is None:
-            self._registry = registry_of(self._settings)
-        return self._registry
-
-    def current(self) -> Any:
-        return self._connected().current()
-
-    def load(self, ref: Any) -> Any:
-        return self._connected().load(ref)
+app.command(epilog=SERVE)(serve)
+app.command(epilog=FORGET)(forget)
+app.command(epilog=UP)(up)
+app.command(epilog=DOWN)(down)
+app.command(epilog=DOCTOR)(doctor)
+app.command(epilog=DEPLOY)(deploy)
+app.command(epilog=WATCH)(watch)
+app.command(epilog=MONITOR)(monitor)
+app.command(epilog=COMPACT)(compact)
+app.add_typer(keys_app, name="keys", help="Make, list and revoke the gateway's API keys.")
 
 
 @app.command(epilog="Example: routellm status --json")
@@ -316,7 +299,10 @@ def status(json: Json = False) -> None:
         out.print("snapshot  [yellow]none[/]: run `routellm ingest SOURCE`")
     else:
         kinds = ", ".join(f"{n:,} {k}" for k, n in snap["by_label_kind"].items())
-        out.print(f"snapshot  [bold]{snap['digest'][:12]}[/] of {snap['created_at']}: {kinds}")
+        out.print(
+            f"snapshot  [bold]{snap['digest'][:12]}[/] of {snap['created_at']}: {kinds}",
+            soft_wrap=True,
+        )
 
 
 def _challenger_doc(registry: Registry) -> dict[str, Any] | None:

@@ -33,6 +33,7 @@ _MARKS = {
     "unsure": "[yellow]? unsure[/]",
     "skipped": "[dim]– skipped[/]",
 }
+_WIDE = 120  # columns from which a check stands on one line
 _OUTCOMES = {"promote": "green", "reject": "red", "inconclusive": "yellow"}
 
 
@@ -195,7 +196,9 @@ def history(
     for one in entries:
         table.add_row(*_history_cells(one))
     out.print(table)
-    out.print(f"[dim]{len(entries)} entries; each holds the hash of the one before: whole[/]")
+    n = len(entries)
+    counted = f"{n} {'entry' if n == 1 else 'entries'}"
+    out.print(f"[dim]{counted}; each holds the hash of the one before, none is missing[/]")
 
 
 def _history_cells(one: Entry) -> tuple[str, ...]:
@@ -258,16 +261,19 @@ def _print_decision(decision: Decision) -> None:
 
 
 def gate_table(checks: Sequence[CheckResult]) -> Table:
-    """Return what the gate looked at: a row a check."""
+    """Return what the gate looked at: a row a check; on a narrow terminal, two lines each."""
+    wide = out.width >= _WIDE
     table = _table()
-    table.add_column("check", no_wrap=True)
+    table.add_column("check", overflow="fold")
     table.add_column("", no_wrap=True)
     for column in ("measured", "limit"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
+    if wide:
+        table.add_column("", overflow="fold")
     for one in checks:
         measured = one.measured.replace("[", r"\[")
-        table.add_row(one.name, _MARKS[one.outcome], measured, one.limit, one.detail)
+        name, *detail = (one.name, one.detail) if wide else (f"{one.name}\n[dim]{one.detail}[/]",)
+        table.add_row(name, _MARKS[one.outcome], measured, one.limit, *detail)
     return table
 
 
@@ -292,7 +298,9 @@ def _figures_table(
     ]
     for n in names:
         x, y = metrics[0][n], metrics[1][n]
-        table.add_row(n, f"{x:.4g}", f"{y:.4g}", f"{y - x:+.4g}")
+        better = y > x if n.endswith(("apgr", "saved_cpt50")) else y < x
+        colour = "default" if x == y else "green" if better else "red"
+        table.add_row(n, f"{x:.4g}", f"{y:.4g}", f"[{colour}]{y - x:+.4g}[/]")
     return table
 
 

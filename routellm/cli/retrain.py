@@ -33,25 +33,29 @@ def run_retraining(
     move_alias: bool,
     seeds: int,
     compare_augmentation: bool,
+    as_of: str | None,
     as_json: bool,
 ) -> None:
     """Run the loop once and print its result."""
-    settings = _settings(routers, benchmarks)
+    from routellm.as_of import moment
+
+    when = None if as_of is None else moment(as_of)  # refused before anything else
+    settings = settings_for(routers, benchmarks)
     from flows.engine import configure
 
     configure(settings)
     from flows.retrain import retrain
 
-    result = retrain(
-        settings, list(sources) if sources else None, move_alias, seeds, compare_augmentation
-    )
+    names = list(sources) if sources else None
+    result = retrain(settings, names, move_alias, seeds, compare_augmentation, when)
     if as_json:
         print_json(_document(result, settings))
     else:
         _print(result, settings)
 
 
-def _settings(routers: str | None, benchmarks: str | None) -> Settings:
+def settings_for(routers: str | None, benchmarks: str | None) -> Settings:
+    """Return the settings in force, with the router kinds and benchmarks that were asked for."""
     from routellm.routers.base import router_class, router_kinds
 
     settings = load_settings()
@@ -74,6 +78,7 @@ def _document(result: Retraining, settings: Settings) -> dict[str, Any]:
     champion = result.champion
     return {
         "snapshot": result.manifest.digest,
+        "as_of": result.manifest.as_of,
         "new_battles": result.new_battles,
         "simulated": result.simulated,
         "primary": result.primary,
@@ -183,7 +188,12 @@ def _print(result: Retraining, settings: Settings) -> None:
         + "[/]"
     )
     _print_trials(result)
-    if not result.trained and not result.new_battles:
+    if result.manifest.as_of:
+        out.print(
+            f"\nTrained on what was known by {result.manifest.as_of[:16]} UTC: the champion stays, "
+            "whatever came out. `routellm promote VERSION` asks the gate about one."
+        )
+    elif not result.trained and not result.new_battles:
         out.print("\nNothing new: no battle was ingested, embedded or trained on again.")
     if result.champion is not None:
         out.print(

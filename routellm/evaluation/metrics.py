@@ -90,3 +90,16 @@ def auc(win_rates: Floats, strong: Floats, weak: Floats, weight: Floats) -> floa
     lost_at = np.bincount(where, lost, len(values))
     below = np.cumsum(lost_at) - lost_at
     return float((won_at * (below + 0.5 * lost_at)).sum() / (won.sum() * lost.sum()))
+
+
+def upper_hull(points: Floats) -> Floats:
+    """Return the upper convex hull (k, 2) of points (n, 2), by rising first coordinate."""
+    hull: list[tuple[float, float]] = []
+    for x, y in sorted(map(tuple, points.tolist())):
+        while len(hull) >= 2:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (x1 - x0) * (y - y0) < (y1 - y0) * (x - x0):
+                break
+            hull.pop()
+        hull.append((x, y))
+    return np.array(hull)

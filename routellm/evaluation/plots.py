@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from routellm.evaluation.evaluate import Evaluation
+from routellm.evaluation.metrics import upper_hull
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ Floats = NDArray[np.float64]
 
 def plot_curves(evaluations: Mapping[str, Evaluation]) -> Figure:
     """Draw PGR against strong fraction for each router kind on one benchmark."""
-    figure, axes = _canvas()
+    figure, axes = canvas()
     percent = np.arange(101)
     some = next(iter(evaluations.values()))
     axes.plot([0, 100], [0, 100], "--", color="#888888", lw=1.2, label="random, expected  0.500")
@@ -52,7 +53,7 @@ def plot_pareto(evaluations: Mapping[str, Evaluation]) -> Figure:
     The hull is the best that these routers, and mixing two points of them by a coin, can do.
     Without prices the cost is the percent of queries sent to strong.
     """
-    figure, axes = _canvas()
+    figure, axes = canvas()
     some = next(iter(evaluations.values()))
     priced = some.cost is not None
     ends = (some.cost.weak, some.cost.strong) if some.cost else (0.0, 100.0)
@@ -65,7 +66,7 @@ def plot_pareto(evaluations: Mapping[str, Evaluation]) -> Figure:
         axes.plot(cost, curves[kind], color=colour, lw=1.6, zorder=3)
     points = np.column_stack([ends, (low, high)])
     points = np.vstack([points, *(np.column_stack([cost, c]) for c in curves.values())])
-    hull = _upper_hull(points)
+    hull = upper_hull(points)
     axes.plot(hull[:, 0], hull[:, 1], color="black", lw=6, alpha=0.16, zorder=2)
     axes.plot(ends, (low, high), "o", color="black", ms=6, zorder=4)
     axes.set_title(f"{_title(some)}, with APGR", fontsize=11, loc="left")
@@ -119,20 +120,8 @@ def _name_lines(axes: Axes, cost: Floats, lines: Sequence[tuple[str, str, Floats
         axes.plot(cost[at], curve[at], "o", color=colour, ms=4, zorder=5)
 
 
-def _upper_hull(points: Floats) -> Floats:
-    """Return the upper convex hull (k, 2) of points (n, 2), by rising first coordinate."""
-    hull: list[Any] = []
-    for x, y in sorted(map(tuple, points)):
-        while len(hull) >= 2:
-            (x0, y0), (x1, y1) = hull[-2:]
-            if (x1 - x0) * (y - y0) < (y1 - y0) * (x - x0):
-                break
-            hull.pop()
-        hull.append((x, y))
-    return np.array(hull)
-
-
-def _canvas() -> tuple[Figure, Axes]:
+def canvas() -> tuple[Figure, Axes]:
+    """Return an empty figure of ours, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 5.0), dpi=140, layout="constrained")

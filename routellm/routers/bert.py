@@ -25,13 +25,14 @@ from pydantic import Field
 
 from routellm.embeddings.base import Progress
 from routellm.embeddings.sentence import _MINILM_SHA256 as MINILM_SHA256
-from routellm.embeddings.sentence import MINILM, _clean, _local_folder
+from routellm.embeddings.sentence import MINILM, clean, local_folder
 from routellm.errors import BundleError, TrainingError
 from routellm.routers.base import Arrays, FitReport, Router, RouterOptions, TrainingBattles
 from routellm.routers.checkpoint import fingerprint
 from routellm.routers.device import (
     computes_bfloat16,
     moved,
+    own_draws,
     seeded,
     serving_device,
     torch_device,
@@ -238,7 +239,7 @@ class BertRouter(Router):
 
     def _tokens(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return each prompt's token ids, [CLS] first, at most `max_length_` of them."""
-        return [e.ids for e in self.tokenizer_.encode_batch([_clean(p) for p in prompts])]
+        return [e.ids for e in self.tokenizer_.encode_batch([clean(p) for p in prompts])]
 
     def _logits(self, tokens: Sequence[list[int]]) -> Any:
         """Return the outcomes' logits float32 (b, 3) of prompts as token ids."""
@@ -261,7 +262,7 @@ class BertRouter(Router):
 
     def _pretrained(self) -> Pretrained:
         o: BertOptions = self.options
-        folder = _local_folder(o.model)  # the default one comes from a package
+        folder = local_folder(o.model)  # the default one comes from a package
         model = str(folder) if folder else o.model
         return Pretrained(model, o.revision, None, "training.options.bert")
 
@@ -344,7 +345,7 @@ class BertRouter(Router):
         device = serving_device(self.options.device, self.kind)
         try:
             # its first weights are drawn at random, and replaced
-            with torch.random.fork_rng(devices=[]):
+            with own_draws():
                 config = AutoConfig.for_model(**doc["config"])
                 encoder = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
                 self._assemble(encoder, doc["tokenizer"], int(doc["max_length"]), device)

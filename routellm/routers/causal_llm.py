@@ -35,6 +35,7 @@ from routellm.routers.checkpoint import fingerprint
 from routellm.routers.device import (
     computes_bfloat16,
     moved,
+    own_draws,
     seeded,
     serving_device,
     torch_device,
@@ -364,7 +365,7 @@ class CausalLLMRouter(Router):
         base = self._pretrained().same(doc["base"], self.kind)
         try:
             # LoRA's first weights are drawn at random, and replaced
-            with torch.random.fork_rng(devices=[]):
+            with own_draws():
                 self._open(base, serving_device(self.options.device, self.kind))
         except TrainingError as error:
             raise BundleError(f"this causal_llm router cannot be loaded: {error}") from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from routellm.errors import TrainingError
+
+_DRAWING = threading.RLock()
 
 
 def torch_device(wanted: str, kind: str) -> Any:
@@ -47,6 +50,20 @@ def serving_device(trained_on: str, kind: str) -> Any:
         return torch_device("auto", kind)
 
 
+def trains_on_cuda(options: Any, kind: str) -> bool:
+    """Say whether a router with these options takes a CUDA device for its training here.
+
+    A device that is asked for and is not there is `fit`'s to refuse.
+    """
+    wanted = getattr(options, "device", "cpu")
+    if wanted == "cpu":
+        return False
+    try:
+        return bool(torch_device(wanted, kind).type == "cuda")
+    except TrainingError:
+        return False
+
+
 def computes_bfloat16(device: Any) -> bool:
     """Return whether a device is a GPU that computes in bfloat16 itself.
 
@@ -66,10 +83,23 @@ def moved(tensor: Any, device: Any) -> Any:
 
 
 @contextmanager
-def seeded(seed: int, device: Any) -> Iterator[None]:
-    """Seed torch; afterwards the caller's own randomness goes on as if nothing had been drawn."""
+def own_draws(device: Any = None) -> Iterator[None]:
+    """Let torch draw; afterwards the caller's own randomness goes on as if nothing had been drawn.
+
+    Torch has one source of randomness for all threads, so one of them at a time is in here.
+    """
     import torch
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with _DRAWING, torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def seeded(seed: int, device: Any) -> Iterator[None]:
+    """Let torch draw as `own_draws` does, what follows from a seed."""
+    import torch
+
+    with own_draws(device):
         torch.manual_seed(seed)
         yield

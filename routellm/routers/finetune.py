@@ -7,6 +7,7 @@ on to the same weights. A kind says what is learnt (`Learner`) and how it goes (
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from routellm.embeddings.base import Progress
 from routellm.errors import TrainingError
 from routellm.routers.checkpoint import Checkpoint, copied, resumable, resume
+
+log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
@@ -141,7 +144,7 @@ def finetune(
     Raises
     ------
     TrainingError
-        If a loss is not finite.
+        If a loss is not finite, or a CUDA device has no memory for a single example.
     """
     import torch
 
@@ -151,11 +154,14 @@ def finetune(
     losses = history["validation_loss"]
     best: dict[str, Any] = {}
     done, total, earlier_s = 0, 0.0, 0.0  # total of the losses since the last validation
+    most = 0  # rows that a pass may have, once a device had too little memory; 0: any
     if checkpoint and (saved := Checkpoint.read(checkpoint, run)):
         done, history = saved.step, saved.history
         losses = history["validation_loss"]
         best = resume(saved.tensors, parameters, optimizer)
         total, earlier_s = (saved.tensors[name].item() for name in ("total", "elapsed_s"))
+        if "pass_rows" in saved.tensors:  # a run that goes on draws the same dropout
+            most = int(saved.tensors["pass_rows"].item())
 
     steps: list[list[Rows]] = []
     while done < course.steps and since_best(losses) < course.patience:
@@ -163,12 +169,11 @@ def finetune(
         epoch, at = divmod(done, course.steps_an_epoch)
         if at == 0 or not steps:
             steps = learner.epoch(np.random.default_rng([course.seed, epoch]))
-        torch.manual_seed(course.seed + done)
         for group in optimizer.param_groups:
             group["lr"] = course.rate(done)
 
         module.train()
-        value = _gradient(learner, steps[at])
+        value, most = _gradient_that_fits(learner, steps[at], most, course, done)
         done, total = done + 1, total + value
         if not np.isfinite(value):
             raise course.diverged(done, "training", value)
@@ -191,6 +196,7 @@ def finetune(
             tensors = resumable(parameters, best, optimizer)
             tensors["total"] = torch.tensor(total, dtype=torch.float64)
             tensors["elapsed_s"] = torch.tensor(spent_s, dtype=torch.float64)
+            tensors["pass_rows"] = torch.tensor(most)
             Checkpoint(run, done, history, tensors).write(checkpoint)
         if progress:
             progress(done, course.steps)
@@ -205,6 +211,46 @@ def finetune(
     best_step = min((chosen + 1) * course.evaluate_every, course.steps)
     spent_s = earlier_s + time.monotonic() - started
     return Training(done, best_step, losses[chosen], history, spent_s)
+
+
+def _gradient_that_fits(
+    learner: Learner, passes: list[Rows], most: int, course: Course, step: int
+) -> tuple[float, int]:
+    """Do as `_gradient`, in as small passes as the CUDA device's memory asks for.
+
+    Returns the loss, and how many rows a pass may have from now on (0: any). The gradients of a
+    step's passes add up to the same, however it is cut.
+    """
+    import torch
+
+    while True:
+        cut = _cut(passes, most)
+        torch.manual_seed(course.seed + step)
+        try:
+            return _gradient(learner, cut), most
+        except torch.OutOfMemoryError as error:
+            rows = max(map(len, cut))
+            if rows == 1:
+                raise TrainingError(
+                    f"the CUDA device has no memory for one example of {course.kind}: lower "
+                    f"`training.options.{course.kind}.max_length`, name a smaller model, or end "
+                    "what else is on the device"
+                ) from error
+            most = -(-rows // 2)
+        # what the failed pass held is free from here on
+        log.warning(
+            "step %d of %s: the CUDA device has no memory for %d examples at once; from now on "
+            "they are computed %d at once, and each step is the same as before",
+            step + 1, course.kind, rows, most,
+        )  # fmt: skip
+        learner.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+
+
+def _cut(passes: list[Rows], most: int) -> list[Rows]:
+    if not most:
+        return passes
+    return [rows[i : i + most] for rows in passes for i in range(0, len(rows), most)]
 
 
 def _gradient(learner: Learner, passes: list[Rows]) -> float:

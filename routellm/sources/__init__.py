@@ -1,4 +1,4 @@
-"""Sources of battles: files, folders, the Hugging Face hub, and the simulated arena."""
+"""Sources of battles: files, folders, the Hugging Face hub, our gateway, the simulated arena."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def open_source(spec: str, settings: Settings) -> Source:
     Parameters
     ----------
     spec : str
-        A file or folder; ``hf://org/name@revision`` or ``org/name``; ``simulated://arena`` with
-        optional ``?battles=20000&seed=0``.
+        A file or folder (the inbox: what has settled there); ``hf://org/name@revision`` or
+        ``org/name``; ``simulated://arena`` with optional ``?battles=20000&seed=0``; ``gateway://``
+        for the home's own feedback store, or ``gateway://`` and a path or a PostgreSQL address.
 
     Raises
     ------
@@ -32,7 +33,15 @@ def open_source(spec: str, settings: Settings) -> Source:
         from routellm.sources.simulated import SimulatedArena
 
         return SimulatedArena(spec)
+    if spec.startswith("gateway://"):
+        from routellm.sources.gateway import GatewaySource
+
+        return GatewaySource(spec, settings)
     path = Path(spec).expanduser()
+    if path.resolve() == settings.inbox_dir.resolve():
+        from routellm.sources.inbox import InboxSource
+
+        return InboxSource(settings)
     if path.exists():
         from routellm.sources.files import FileSource, FolderSource
 
@@ -56,5 +65,5 @@ def open_source(spec: str, settings: Settings) -> Source:
         return HubSource(hub.group(1), hub.group(2), settings.ingest)
     raise UsageError(
         f"no source {spec!r}: give a file or folder that exists, a Hugging Face name "
-        "(org/name@revision) or simulated://arena"
+        "(org/name@revision), gateway:// or simulated://arena"
     )

@@ -11,8 +11,9 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +21,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from routellm.errors import SourceError
+from routellm.errors import SourceError, SourceUnreachable
 from routellm.settings import IngestSettings
 from routellm.snapshots import file_sha256
 from routellm.sources.shapes import find_shape, to_battles
@@ -60,7 +61,7 @@ class FileSource:
 
 
 class FolderSource:
-    """Every file of battles in a folder; benchmark tables beside them are left alone."""
+    """Every file of battles in a folder; hidden files and benchmark tables are left alone."""
 
     simulated = False
 
@@ -68,31 +69,98 @@ class FolderSource:
         self.path = path
         self.name = str(path.resolve())
         self._settings = settings
+        self._looked: dict[str, _File] | None = None
 
     def cursor(self) -> dict[str, Any]:
-        return {path.name: file_sha256(path) for path in self._files()}
+        self._looked = {path.name: _File.of(path) for path in self._files()}
+        return {name: one.sha256 for name, one in self._looked.items()}
 
     def batches(self, since: dict[str, Any] | None) -> Iterator[pa.RecordBatch]:
-        now = self.cursor()
+        """Yield the battles of the files that the last `cursor` saw.
+
+        Raises
+        ------
+        SourceUnreachable
+            If one of them changed since, or is gone: its cursor is not of what was read.
+        """
+        if self._looked is None:
+            self.cursor()
         found = False
-        for path in self._files():
-            if since and since.get(path.name) == now[path.name]:
+        for name, one in (self._looked or {}).items():
+            if since and since.get(name) == one.sha256:
                 found = True
-                continue
-            for label, shape_batches in read_file(path, self._settings):
+            else:
+                found |= yield from self._read(one)
+        if not found:
+            self._holds_none()
+
+    def _read(self, one: _File) -> Generator[pa.RecordBatch, None, bool]:
+        """Yield a file's battles and make sure that it is still the same; return if it has any."""
+        found = False
+        try:
+            for label, shape_batches in read_file(one.path, self._settings):
                 if shape_batches is None:
                     log.info("%s is a benchmark table: not ingested", label)
                     continue
                 found = True
                 yield from shape_batches
-        if not found:
-            raise SourceError(
-                f"no file of battles in {self.path}: expected one of {', '.join(FORMATS)} (or "
-                "gzip or zip of these) in a published shape; docs/ingest.md lists them"
-            )
+        except FileNotFoundError as error:
+            raise _changed(one.path) from error
+        except SourceError:
+            if one.is_as_it_was():
+                raise
+        if not one.is_as_it_was():
+            raise _changed(one.path)
+        return found
 
     def _files(self) -> list[Path]:
-        return sorted(p for p in self.path.iterdir() if p.is_file() and _format(p.name))
+        return sorted(p for p in self.path.iterdir() if is_readable(p.name) and p.is_file())
+
+    def _holds_none(self) -> None:
+        raise SourceError(
+            f"no file of battles in {self.path}: expected one of {', '.join(FORMATS)} (or "
+            "gzip or zip of these) in a published shape; docs/ingest.md lists them"
+        )
+
+
+def is_readable(name: str) -> bool:
+    """Return whether a folder's file is read, by its name: hidden ones are not."""
+    return not name.startswith(".") and _format(name) is not None
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file as it was when its digest was taken."""
+
+    path: Path
+    sha256: str
+    stamp: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> _File:
+        stamp = _stamp(path)
+        try:
+            return cls(path, file_sha256(path), stamp)
+        except FileNotFoundError as error:
+            raise _changed(path) from error
+
+    def is_as_it_was(self) -> bool:
+        return _stamp(self.path) == self.stamp
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what tells one state of a file from another, without reading it."""
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        raise _changed(path) from error
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _changed(path: Path) -> SourceUnreachable:
+    return SourceUnreachable(
+        f"{path} changed while it was read: nothing was ingested; run again once it is written"
+    )
 
 
 def read_file(

@@ -5,6 +5,15 @@ prompt has a topic and a difficulty, both readable from its words; each model ha
 topic that falls with difficulty at its own rate. Votes are Bradley-Terry with ties (Davidson
 1970) on the gap of qualities. The held-out prompts' true qualities are known, so a router can be
 measured against the truth. Nothing here says how routers do on real traffic.
+
+By default the arena stands still, and asks the same 2,000 prompts again and again. With ``drift``
+it is a stream as real traffic is: every battle asks a prompt of its own, models are specialists
+(their skills differ from topic to topic by 1, in log-odds of a vote), and what they are good at
+turns: after d days a model's skills have a correlation of cos(90 degrees * drift * d / 30) with
+those of the first day. ``drift=1`` leaves nothing of them after 30 days; ``drift=0`` is such a
+stream that stands still. No model gets better or worse over all topics. ``per_day`` says how many
+battles are fought in a day (1,440, one a minute). The benchmark knows of no stream: its qualities
+are the arena's that stands still.
 """
 
 from __future__ import annotations
@@ -29,6 +38,9 @@ _BLOCK = 1000  # battles drawn from one generator: a longer run extends a shorte
 _PROMPTS = 2000  # distinct prompts that battles are fought over
 _TIE = 0.6  # Davidson's tie parameter
 _EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
+_PER_DAY = 1440
+_TURN_DAYS = 30  # in which drift=1 turns skills by a quarter
+_OWN_PROMPTS = 1_000_000  # number of a stream's first prompt: the others have smaller ones
 
 # topic: (how a question starts, what it is about)
 _TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -84,9 +96,28 @@ _NOTES = (
     "I asked this last year too.", "My colleague insists on it.", "No hurry at all.",
 )  # fmt: skip
 
+# who asks, in a stream: so that its thousands of prompts are no copies of each other
+_ASKERS = (
+    "a baker", "a nurse", "my uncle", "a pilot", "a student", "a violinist", "our landlord",
+    "a beekeeper", "a referee", "a plumber", "a sailor", "my boss", "a tailor", "a goalkeeper",
+    "a librarian", "a geologist", "a clown", "an astronaut", "a shepherd", "a dentist", "a florist",
+    "a fisherman", "a judge", "a skier", "a barber", "a welder", "a novelist", "a chess player",
+)  # fmt: skip
+_PLACES = (
+    "Lisbon", "Nairobi", "Osaka", "Quito", "Oslo", "Cairo", "Hanoi", "Toronto", "Naples", "Tbilisi",
+    "Dublin", "Havana", "Lagos", "Perth", "Seoul", "Vienna", "Tunis", "Riga", "Manila", "Bogota",
+    "the Alps", "the Sahara", "Alaska", "Siberia", "Patagonia", "a submarine", "a monastery",
+)  # fmt: skip
+_THINGS = (
+    "umbrellas", "goats", "bicycles", "pancakes", "telescopes", "cacti", "drums", "volcanoes",
+    "spreadsheets", "kites", "mushrooms", "passports", "penguins", "candles", "tractors", "mirrors",
+    "blankets", "onions", "wolves", "keyboards", "balloons", "castles", "sardines", "elevators",
+    "chocolate", "thunder", "sandals", "turbines", "orchids", "ladders", "dinosaurs", "carpets",
+)  # fmt: skip
+
 
 class SimulatedArena:
-    """The source ``simulated://arena?battles=20000&seed=0``."""
+    """The source ``simulated://arena?battles=20000&seed=0``, with ``drift`` and ``per_day``."""
 
     simulated = True
 
@@ -96,18 +127,31 @@ class SimulatedArena:
         try:
             self.battles = int(options.pop("battles", "20000"))
             self.seed = int(options.pop("seed", "0"))
+            self.per_day = int(options.pop("per_day", str(_PER_DAY)))
+            drift = options.pop("drift", None)
+            self.drift = None if drift is None else float(drift)
         except ValueError as error:
-            raise UsageError(f"{spec}: battles and seed must be whole numbers") from error
-        if url.netloc != "arena" or options or self.battles < 1 or self.seed < 0:
-            raise UsageError(f"{spec!r} is not simulated://arena?battles=N&seed=S with N > 0")
+            raise UsageError(
+                f"{spec}: battles, seed and per_day must be whole numbers, drift a number"
+            ) from error
+        sound = self.battles >= 1 and self.seed >= 0 and self.per_day >= 1
+        if url.netloc != "arena" or options or not (sound and 0.0 <= (self.drift or 0.0) <= 100.0):
+            raise UsageError(
+                f"{spec!r} is not simulated://arena?battles=N&seed=S with N > 0 (and, if wanted, "
+                "per_day=M with M > 0 and drift=D with D from 0 to 100)"
+            )
         self.name = f"simulated://arena?seed={self.seed}"
+        if self.drift is not None:
+            self.name += f"&drift={self.drift:g}"
+        if self.per_day != _PER_DAY:
+            self.name += f"&per_day={self.per_day}"
 
     def cursor(self) -> dict[str, Any]:
         return {"battles": self.battles}
 
     def batches(self, since: dict[str, Any] | None) -> Iterator[pa.RecordBatch]:
         done = int(since["battles"]) if since else 0
-        world = _World(self.seed)
+        world = _World(self.seed) if self.drift is None else None
         names = list(_MODELS)
         pairs = list(itertools.permutations(range(len(names)), 2))
         target = {names.index(SIM_STRONG), names.index(SIM_WEAK)}
@@ -115,6 +159,9 @@ class SimulatedArena:
         for block in range(done // _BLOCK, -(-self.battles // _BLOCK)):
             rng = np.random.default_rng([self.seed, 1, block])
             prompt = rng.integers(_PROMPTS, size=_BLOCK)
+            if self.drift is not None:
+                world, prompt = self._stream(block), np.arange(_BLOCK)
+            assert world is not None
             pair = rng.choice(len(pairs), size=_BLOCK, p=share / share.sum())
             coin = rng.random(_BLOCK)
             rows: dict[str, list[Any]] = {name: [] for name in BATTLE_SCHEMA.names}
@@ -140,11 +187,25 @@ class SimulatedArena:
                     "category": world.topics[prompt[i]],
                     "language": "English",
                     "turns": 1,
-                    "voted_at": _EPOCH + timedelta(minutes=number),
+                    "voted_at": _EPOCH + timedelta(days=1) * number / self.per_day,
                 }
                 for name, values in rows.items():
                     values.append(row[name])
             yield pa.RecordBatch.from_pydict(rows, schema=BATTLE_SCHEMA)
+
+    def _stream(self, block: int) -> _World:
+        """Return a block's prompts, one a battle, with the qualities of the days they are asked."""
+        first = block * _BLOCK
+        world = _World(self.seed, first=_OWN_PROMPTS + first, n=_BLOCK, varied=True)
+        days = (first + np.arange(_BLOCK)) / self.per_day
+        turned = np.pi / 2 * (self.drift or 0.0) * days / _TURN_DAYS
+        rng = np.random.default_rng([self.seed, 3])
+        skills = rng.normal(0.0, 1.0, (2, len(_MODELS), len(_TOPICS)))  # to turn between
+        skills -= skills.mean(axis=2, keepdims=True)
+        topic = np.array([list(_TOPICS).index(name) for name in world.topics])
+        then, other = skills[:, :, topic].transpose(0, 2, 1)  # (_BLOCK, models) each
+        world.quality += np.cos(turned)[:, None] * then + np.sin(turned)[:, None] * other
+        return world
 
 
 def _vote(gap: float, u: float) -> str:
@@ -173,7 +234,9 @@ def simulated_benchmark(seed: int = 0, n: int = 1000) -> Benchmark:
 class _World:
     """Prompts, their topics, and every model's true quality on each (n, m)."""
 
-    def __init__(self, seed: int, *, first: int = 0, n: int = _PROMPTS) -> None:
+    def __init__(
+        self, seed: int, *, first: int = 0, n: int = _PROMPTS, varied: bool = False
+    ) -> None:
         self.prompts: list[str] = []
         self.topics: list[str] = []
         topic_names = list(_TOPICS)
@@ -188,7 +251,11 @@ class _World:
             starts, things = _TOPICS[topic_names[topic]]
             sentence = f"{rng.choice(starts)} {rng.choice(things)}"
             demands = " ".join(rng.choice(_DEMANDS[difficulty], 2, replace=False))
-            self.prompts.append(f"{sentence}. {demands} {rng.choice(_NOTES)} (case {number})")
+            note = f"{rng.choice(_NOTES)} (case {number})"
+            if varied:
+                one, other = rng.choice(_THINGS, 2, replace=False)
+                note = f"For {rng.choice(_ASKERS)} in {rng.choice(_PLACES)}: {one} and {other}."
+            self.prompts.append(f"{sentence}. {demands} {note}")
             self.topics.append(topic_names[topic])
             # what the words do not show: every prompt is a little harder or easier than it reads
             hidden = rng.normal(0.0, 0.7)

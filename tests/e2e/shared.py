@@ -1,46 +1,143 @@
-"""One small retraining, shared by the end-to-end tests."""
+"""How the end-to-end tests run the command, and the one retraining that most of them look at."""
 
+import fcntl
+import io
 import json
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
+import time
+from contextlib import chdir, closing, contextmanager, redirect_stderr, redirect_stdout
+from unittest import mock
 
-import pytest
+import httpx
+
+from routellm.cli import main
+
+ARENA = "simulated://arena?battles=6000"
 
 
 def routellm(*args, cwd=None, timeout=420):
+    """Run the command as a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "routellm.cli", *map(str, args)],
         capture_output=True, text=True, timeout=timeout, cwd=cwd,
     )  # fmt: skip
 
 
+def inside(*args, cwd=None):
+    """Run the command's `main` in this process, which saves it two seconds of imports.
+
+    For what does not start Prefect: that reads its settings once a process. What the command keeps
+    for the time of its process, the tests after it must not find.
+    """
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", ["routellm", *map(str, args)]),
+        mock.patch.dict(os.environ),
+        chdir(cwd or os.curdir), redirect_stdout(out), redirect_stderr(err),
+    ):  # fmt: skip
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code or 0
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+
+
+def asked(home, *args, cwd=None):
+    """Return what a verb prints as JSON."""
+    done = inside("--home", home, *args, "--json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@contextmanager
+def served(home, port, *args, cwd=None, env=None, folder=None):
+    """Run `routellm serve` until the block ends; yields its address and its process.
+
+    Its output goes to a file: a pipe that nobody reads would fill up and stop it.
+    """
+    log = (folder or home) / f"serve-{port}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "routellm.cli", "--home", str(home), "serve",
+             "--port", str(port), *args],
+            stdout=output, stderr=output, cwd=cwd, env={**os.environ, **(env or {})},
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, f"the gateway did not start: {log.read_text()}"
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+
+
+def together(tmp_path_factory):
+    """Return the folder that all workers of this test run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 def new_home(folder, tmp_path_factory):
     """Return a home whose embeddings are cached with those of all other homes of this test run."""
-    base = tmp_path_factory.getbasetemp()
-    together = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     home = folder / "h"
     home.mkdir()
-    (home / "embeddings.db").symlink_to(together / "embeddings.db")
+    (home / "embeddings.db").symlink_to(together(tmp_path_factory) / "embeddings.db")
     return home
 
 
-@pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    """One retraining on a small simulated arena, shared by these tests."""
-    folder = tmp_path_factory.mktemp("e2e")
-    new_home(folder, tmp_path_factory)
-    done = routellm(
-        "--home", folder / "h", "retrain", "--source", "simulated://arena?battles=6000", cwd=folder
-    )
-    assert done.returncode == 0, done.stderr
-    assert "SIMULATED" in done.stdout
-    assert "Champion: version" in done.stdout
-    assert "serve --demo" in done.stdout
+def retrained(tmp_path_factory):
+    """Return the home of one retraining on a small simulated arena, to be copied only.
+
+    The worker that comes first makes it; others wait until it is there.
+    """
+    folder = together(tmp_path_factory) / "retrained"
+    made = folder / "made"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the file is closed, or its holder dies
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            home = new_home(folder, tmp_path_factory)
+            done = routellm("--home", home, "retrain", "--source", ARENA, cwd=folder)
+            assert done.returncode == 0, done.stderr
+            assert "SIMULATED" in done.stdout
+            assert "Champion: version" in done.stdout
+            assert "serve --demo" in done.stdout
+            made.touch()
     return folder / "h"
 
 
-def asked(home, *args):
-    done = routellm("--home", home, *args, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def copied(home, to):
+    """Copy a home; what MLflow and the history keep of its place names the copy's."""
+    shutil.copytree(home, to, symlinks=True)
+    old, new = str(home), str(to)
+    with closing(sqlite3.connect(to / "mlflow.db")) as database, database:
+        tables = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        for (table,) in tables:
+            for _, column, kind, *_ in database.execute(f"PRAGMA table_info({table})").fetchall():
+                if kind.startswith(("VARCHAR", "TEXT")):
+                    database.execute(
+                        f"UPDATE {table} SET {column} = replace({column}, ?, ?) "
+                        f"WHERE instr({column}, ?)",
+                        (old, new, old),
+                    )
+    for file in (to / "history.jsonl", *to.rglob("MLmodel")):
+        file.write_text(file.read_text().replace(old, new))
+    return to

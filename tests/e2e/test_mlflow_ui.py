@@ -19,7 +19,8 @@ from registry import view
 from tests.support.browser import browser
 from tests.support.servers import Server, free_port
 
-pytestmark = pytest.mark.slow
+# the one retraining that they look at may be long in the making, on a busy machine
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 COMPARED = ("gaussian_process", "sw_ranking", "knn")
 
 # the panel that MLflow opens for a first visitor covers a third of the page

@@ -1,22 +1,18 @@
-"""docs/promotion.md as written: its commands, in order, in one home."""
+"""docs/promotion.md as written: its commands, in order, in one home; with words hashed to embed."""
 
-import json
-import os
 import re
 import shlex
-import signal
-import socket
-import subprocess
-import sys
 import time
 
 import httpx
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.e2e.shared import asked, new_home, routellm
+from tests.e2e.shared import asked, inside, new_home, routellm, served
+from tests.support.servers import free_port
+from tests.support.words_endpoint import as_environment, words_endpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PAGE = (REPOSITORY / "docs" / "promotion.md").read_text()
 LINES = [
@@ -32,26 +28,13 @@ def serve(home, folder, line):
     assignments, words = [], shlex.split(line)
     while "=" in words[0]:
         assignments.append(words.pop(0).split("=", 1))
-    assert words[0] == "routellm"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "routellm.cli", "--home", str(home), *words[1:]]
-    gateway = subprocess.Popen(
-        [*command, "--port", str(port)], cwd=folder, env={**os.environ, **dict(assignments)}
-    )
+    assert words[:2] == ["routellm", "serve"]
     decided = []
-    try:
-        url = f"http://127.0.0.1:{port}"
+    with served(home, free_port(), *words[2:], cwd=folder, env=dict(assignments)) as (url, _):
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            try:
-                ready = httpx.get(f"{url}/readyz", timeout=5).json()
-                if json.dumps(ready).count('"version"') > 1:  # champion and challenger
-                    break
-            except (httpx.HTTPError, ValueError):
-                pass
-            time.sleep(0.5)
+        while httpx.get(f"{url}/readyz").json()["challenger"]["version"] is None:
+            assert time.monotonic() < deadline, "the challenger is not loaded"
+            time.sleep(0.2)
         for i in range(60):
             reply = httpx.post(
                 f"{url}/v1/chat/completions",
@@ -63,10 +46,15 @@ def serve(home, folder, line):
             )
             assert reply.status_code == 200, reply.text
             decided.append(reply.headers["x-routellm-version"])
-    finally:
-        gateway.send_signal(signal.SIGTERM)
-        assert gateway.wait(timeout=60) is not None
     return decided
+
+
+@pytest.fixture(autouse=True)
+def words(monkeypatch):
+    with words_endpoint() as url:
+        for name, value in as_environment(url).items():
+            monkeypatch.setenv(name, value)
+        yield
 
 
 def test_the_walk_through_the_page_works_as_written(tmp_path, tmp_path_factory):
@@ -79,7 +67,8 @@ def test_the_walk_through_the_page_works_as_written(tmp_path, tmp_path_factory):
             assert 1 <= decided.count("2") <= 30, decided
             continue
         words = shlex.split(line)
-        done = routellm("--home", home, *words[1:], cwd=tmp_path)
+        run = routellm if words[1] == "retrain" else inside
+        done = run("--home", home, *words[1:], cwd=tmp_path)
         assert done.returncode == 0, (line, done.stdout, done.stderr)
         said[line] = done.stdout
     said = list(said.values())
@@ -94,8 +83,8 @@ def test_the_walk_through_the_page_works_as_written(tmp_path, tmp_path_factory):
     assert "champion is version 1" in said[7]
     history = asked(home, "history")
     assert [one["to"] for one in history][-2:] == ["2", "1"]
-    assert "whole" in said[8]
+    assert "none is missing" in said[8]
     assert "nothing was serving" in said[9]
-    assert "version 1 was serving" in routellm(
+    assert "version 1 was serving" in inside(
         "--home", home, "history", "--at", "2999-01-01"
     ).stdout.replace("\n", " ")

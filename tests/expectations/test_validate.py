@@ -98,6 +98,7 @@ def test_a_critical_rule_on_the_set_stops(tmp_path, settings, rule, table):
     assert store.latest() is None
 
 
+@pytest.mark.slow
 def test_drift_against_the_last_snapshot_is_a_warning(tmp_path, settings):
     first, store = check(tmp_path, settings, battle_table())
     manifest = store.commit(
@@ -130,6 +131,7 @@ def test_an_expectation_that_cannot_be_evaluated_is_a_failure(tmp_path, settings
         check(tmp_path, settings, battle_table())
 
 
+@pytest.mark.slow
 def test_a_published_snapshot_can_be_checked_again(tmp_path, settings):
     first, store = check(tmp_path, settings, battle_table())
     manifest = store.commit(

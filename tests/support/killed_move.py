@@ -106,7 +106,8 @@ def main(home: Path, what: str) -> list[dict[str, Any]]:
                 said = registry.repair(smoke=fails if what == "revert" else works)
                 again = registry.repair(smoke=works)
                 tell({"before": before, "said": said, "again": again, "after": seen(registry)})
-            for version in ("1", "2"):
+            # only a rollback asks where version 2 came from
+            for version in ("1", "2") if nth == 1 or what == "rollback" else ("2",):
                 if registry.aliases().get("champion") != version:
                     registry.promote(registry.get(version), force_reason="begin", smoke=works)
             # up to its second entry a revert is a promotion

@@ -24,6 +24,7 @@ def drawn(clusters, n, resamples, seed):
     levels=st.sampled_from([1, 2, 5, 1000]),
     clustered=st.booleans(),
 )
+@pytest.mark.slow
 def test_a_resample_measures_what_the_exact_curve_does(seed, n, levels, clustered):
     rng = np.random.default_rng(seed)
     strong, weak = rng.normal(3.0, 1.0, n), rng.normal(0.0, 1.0, n)  # every resample has a gap

@@ -1,10 +1,14 @@
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from routellm.bundle import Bundle, golden_predictions, load_bundle, save_bundle
+from routellm.bundle import Bundle, QualityCurve, golden_predictions, load_bundle, save_bundle
 from routellm.calibration import Calibration
 from routellm.errors import BundleError, UsageError
 from routellm.settings import EmbeddingSettings
+from routellm.snapshots import file_sha256
 from routellm.training import train
 
 
@@ -26,6 +30,30 @@ def test_a_bundle_survives_its_files(bundle, tmp_path):
     assert again.calibration == bundle.calibration
     assert (again.kind, again.pair, again.simulated) == ("random", bundle.pair, True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b"]
+
+
+def test_a_curve_survives_its_files(bundle, tmp_path):
+    curve = QualityCurve("gsm8k", 400, tuple((np.linspace(0, 1, 101) ** 0.5).tolist()))
+    save_bundle(replace(bundle, curve=curve), tmp_path / "b")
+    assert load_bundle(tmp_path / "b").curve == curve
+
+
+def test_a_bundle_from_before_there_were_curves_loads_without_one(bundle, tmp_path):
+    save_bundle(bundle, tmp_path / "b")
+    doc = json.loads((tmp_path / "b" / "router.json").read_text())
+    del doc["curve"]
+    (tmp_path / "b" / "router.json").write_text(json.dumps(doc))
+    sums = json.loads((tmp_path / "b" / "digests.json").read_text())
+    sums["router.json"] = file_sha256(tmp_path / "b" / "router.json")
+    (tmp_path / "b" / "digests.json").write_text(json.dumps(sums))
+    assert load_bundle(tmp_path / "b").curve is None
+
+
+@pytest.mark.parametrize("quality", [-0.1, 1.1, float("nan")])
+def test_a_quality_outside_its_range_is_refused(quality):
+    curve = QualityCurve("t", 2, (0.0, 0.5, 1.0))
+    with pytest.raises(UsageError, match=r"quality .* is outside \[0, 1\]"):
+        curve.strong_fraction(quality)
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "router.json", "digests.json"])

@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +9,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from routellm.errors import TrainingError
+from routellm.routers.bert import BertOptions
 from routellm.routers.checkpoint import fingerprint, resumable, resume
-from routellm.routers.device import computes_bfloat16, seeded, serving_device, torch_device
+from routellm.routers.device import (
+    computes_bfloat16,
+    seeded,
+    serving_device,
+    torch_device,
+    trains_on_cuda,
+)
 from routellm.routers.finetune import Course, Learner, epoch_batches, finetune, since_best
+from routellm.routers.knn import KNearestOptions
 from routellm.routers.outcomes import (
     Asked,
     Examples,
@@ -81,6 +90,10 @@ class Line:
                 progress=progress,
             )
 
+    def optimizer_steps(self):
+        states = self.learner.optimizer.state.values()
+        return max((int(state["step"]) for state in states), default=0)
+
     def weights(self):
         return {name: p.detach().clone() for name, p in self.parameters.items()}
 
@@ -117,8 +130,6 @@ def test_shares_give_the_preference_again_beyond_the_ties(preference, tie_band):
 
 
 def test_battles_on_one_prompt_become_one_example_of_their_weight():
-    from dataclasses import replace
-
     battles = hard_battles()
     two = replace(
         battles,
@@ -216,6 +227,54 @@ def test_passes_add_up_to_one_step():
     for name, weight in one.weights().items():
         assert many.weights()[name] == pytest.approx(weight, abs=1e-5)
     assert first.history["train_loss"] == pytest.approx(second.history["train_loss"])
+
+
+def of_little_memory(line, fits, from_step=1):
+    """Let passes of more rows than `fits` fail as on a CUDA device whose memory is full."""
+    whole, passes = line.loss, []
+
+    def loss(rows):
+        if len(rows) > fits and line.optimizer_steps() + 1 >= from_step:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        passes.append(len(rows))
+        return whole(rows)
+
+    line.learner = replace(line.learner, loss=loss)
+    return passes
+
+
+def test_a_step_that_does_not_fit_a_devices_memory_is_cut_and_stays_the_same(caplog):
+    whole, little = Line(dropout=0.0, passes=1), Line(dropout=0.0, passes=1)
+    passes = of_little_memory(little, fits=2)
+    expected = whole.train()
+    with caplog.at_level(logging.WARNING):
+        training = little.train()
+    assert passes == [2] * 4 * 12  # steps of 8 rows; found once, and kept
+    assert len(caplog.records) == 2
+    assert "no memory for 8 examples at once; from now on they are computed 4" in caplog.text
+    for name, weight in whole.weights().items():
+        assert little.weights()[name] == pytest.approx(weight, abs=1e-5)
+    assert training.history["train_loss"] == pytest.approx(expected.history["train_loss"])
+
+
+def test_no_memory_for_one_example_is_an_error():
+    line = Line()
+    of_little_memory(line, fits=0)
+    with pytest.raises(TrainingError, match=r"no memory for one example of line: .*max_length"):
+        line.train()
+
+
+def test_a_training_cut_to_fit_and_broken_off_goes_on_to_the_bytes_of_an_unbroken_one(tmp_path):
+    whole = Line()
+    of_little_memory(whole, fits=3, from_step=2)
+    whole.train()
+    broken = Line()
+    of_little_memory(broken, fits=3, from_step=2)
+    with pytest.raises(Broken):
+        broken.train(checkpoint=tmp_path, progress=stop_at(7))
+    again = Line()  # on a device with room: it goes on as it was
+    again.train(checkpoint=tmp_path)
+    assert equal(again.weights(), whole.weights())
 
 
 def test_it_stops_when_validation_no_longer_gains_and_keeps_the_best(tmp_path):
@@ -340,6 +399,19 @@ def test_a_gpu_that_is_not_there_is_an_error_in_training_but_not_in_serving(monk
         torch_device("cuda:2", "x")
     given = ("auto", "cpu", "cuda", "cuda:1", "cuda:2")
     assert [str(serving_device(w, "x")) for w in given] == ["cuda", "cpu", "cuda", "cuda:1", "cuda"]
+
+
+def test_only_a_training_that_is_put_on_a_gpu_takes_one(monkeypatch):
+    def taken():
+        devices = ("auto", "cpu", "cuda", "cuda:7")
+        return [trains_on_cuda(BertOptions(device=one), "bert") for one in devices]
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert taken() == [False] * 4
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert taken() == [True, False, True, False]
+    assert not trains_on_cuda(KNearestOptions(), "knn")
 
 
 def test_a_cpu_is_not_asked_for_bfloat16():

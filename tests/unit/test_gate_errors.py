@@ -47,12 +47,14 @@ def test_the_better_routers_true_apgr_is_five_hundredths_higher():
     assert np.corrcoef(*ranks)[0, 1] == pytest.approx(0.66, abs=0.01)
 
 
+@pytest.mark.slow
 def test_routers_as_good_as_the_champion_are_promoted_at_most_one_time_in_twenty():
     found = outcomes(1, 200, (SKILL, SKILL), n=500)
     assert found["promote"] <= 10
     assert found["inconclusive"] > 150  # they are not told apart, and it says so
 
 
+@pytest.mark.slow
 def test_a_truly_better_router_is_promoted_at_least_four_times_in_five():
     assert outcomes(2, 60, (SKILL, BETTER))["promote"] >= 48
 
@@ -67,8 +69,8 @@ def test_identical_routers_are_never_promoted():
 
 @pytest.mark.slow
 def test_the_error_rates_hold_over_whole_gates():
-    assert outcomes(4, 40, (SKILL, SKILL), whole=True)["promote"] <= 2
-    assert outcomes(5, 20, (SKILL, BETTER), whole=True)["promote"] >= 16
-    found = outcomes(6, 10, (BETTER, SKILL), whole=True)
+    assert outcomes(4, 20, (SKILL, SKILL), whole=True)["promote"] <= 1
+    assert outcomes(5, 15, (SKILL, BETTER), whole=True)["promote"] >= 12
+    found = outcomes(6, 5, (BETTER, SKILL), whole=True)
     assert found["promote"] == 0
-    assert found["reject"] >= 8
+    assert found["reject"] >= 4

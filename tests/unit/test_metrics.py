@@ -110,6 +110,7 @@ def test_an_evaluation_has_intervals_around_its_figures_and_survives_json():
     assert Evaluation.from_dict(json.loads(json.dumps(one.to_dict()))) == one
 
 
+@pytest.mark.slow
 def test_a_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
     hits = 0
     for seed in range(60):
