@@ -199,6 +199,7 @@ class CausalLLMRouter(Router):
                 ),
                 Course(
                     kind=self.kind,
+                    setting="training.options.causal_llm",
                     seed=seed,
                     steps=o.max_steps,
                     steps_an_epoch=-(-len(rows) // o.batch_size),

@@ -65,8 +65,8 @@ class Course:
 
     Attributes
     ----------
-    kind : str
-        Router kind: errors name it.
+    kind, setting : str
+        Whose training it is, and where its options are: errors name both.
     seed : int
         What order and dropout follow from, with the step.
     steps, steps_an_epoch : int
@@ -84,6 +84,7 @@ class Course:
     """
 
     kind: str
+    setting: str
     seed: int
     steps: int
     steps_an_epoch: int
@@ -103,7 +104,7 @@ class Course:
     def diverged(self, step: int, what: str, value: float) -> TrainingError:
         return TrainingError(
             f"{self.kind} diverged in step {step}: the {what} loss is {value}; lower "
-            f"`training.options.{self.kind}.learning_rate`, or check the battle weights"
+            f"`{self.setting}.learning_rate`, or check the weights of the examples"
         )
 
 
@@ -233,7 +234,7 @@ def _gradient_that_fits(
             if rows == 1:
                 raise TrainingError(
                     f"the CUDA device has no memory for one example of {course.kind}: lower "
-                    f"`training.options.{course.kind}.max_length`, name a smaller model, or end "
+                    f"`{course.setting}.max_length`, name a smaller model, or end "
                     "what else is on the device"
                 ) from error
             most = -(-rows // 2)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from routellm.errors import BundleError, TrainingError, UsageError
-from routellm.routers import bert, make_router
+from routellm.routers import bert, encoder_head, make_router
 from tests.conftest import REPOSITORY
 from tests.support.finetuned import (  # noqa: F401  one_thread is a fixture
     Broken,
@@ -251,7 +251,7 @@ def test_a_hub_model_out_of_reach_is_said_to_be(battles, monkeypatch, tmp_path):
 
 
 def test_weights_other_than_the_published_are_refused(battles, monkeypatch):
-    monkeypatch.setattr(bert, "MINILM_SHA256", "0" * 64)
+    monkeypatch.setattr(encoder_head, "MINILM_SHA256", "0" * 64)
     with pytest.raises(TrainingError, match=r"have SHA-256 53aa51172d14.*: reinstall"):
         short(bert.MINILM, battles)
 

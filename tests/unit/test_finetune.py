@@ -70,6 +70,7 @@ class Line:
     def train(self, run=RUN, checkpoint=None, progress=None, **changes):
         course = {
             "kind": "line",
+            "setting": "options.line",
             "seed": 3,
             "steps": 12,
             "steps_an_epoch": 5,
@@ -211,7 +212,9 @@ def test_batches_are_alike_in_length_and_differ_between_epochs():
 @given(st.integers(1, 60), st.floats(0, 0.99))
 def test_the_learning_rate_rises_in_a_line_and_falls_in_one(steps, warmup_share):
     warmup = round(warmup_share * steps)
-    course = Course("x", 0, steps, 1, 2.0, warmup + 1, max(1, steps - warmup), 1.0, 1, 1, 1)
+    course = Course(
+        "x", "options.x", 0, steps, 1, 2.0, warmup + 1, max(1, steps - warmup), 1.0, 1, 1, 1
+    )
     rates = np.array([course.rate(step) for step in range(steps)])
     assert ((rates > 0) & (rates <= 2.0)).all()
     highest = int(rates.argmax())
