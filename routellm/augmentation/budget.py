@@ -24,10 +24,17 @@ class StopJudging(JudgeError):
 class Budget:
     """What a run may spend, has spent, and has set aside.
 
+    Parameters
+    ----------
+    section : str
+        Where the limit is set, for messages.
+    spent_usd : float
+        Spent under this limit before.
+
     Attributes
     ----------
     spent_usd : float
-        Cost of the calls that ended.
+        Cost of the calls that ended, and what was spent before.
     calls : int
         Calls started.
     unseen_calls, unseen_usd : int, float
@@ -35,9 +42,10 @@ class Budget:
         at the most they could cost.
     """
 
-    def __init__(self, limit_usd: float) -> None:
+    def __init__(self, limit_usd: float, *, section: str = "judge", spent_usd: float = 0.0) -> None:
         self.limit_usd = limit_usd
-        self.spent_usd = 0.0
+        self._section = section
+        self.spent_usd = spent_usd
         self.calls = 0
         self.unseen_calls = 0
         self.unseen_usd = 0.0
@@ -63,7 +71,8 @@ class Budget:
                 raise StopJudging(
                     f"the budget of {dollars(self.limit_usd)} a run stops it: "
                     f"{dollars(self.spent_usd)} are spent and the next call could cost "
-                    f"{dollars(most_usd)}; run again to go on, or raise `judge.budget_usd`"
+                    f"{dollars(most_usd)}; run again to go on, or raise "
+                    f"`{self._section}.budget_usd`"
                 )
             self._settled.clear()
             await self._settled.wait()

@@ -1,4 +1,4 @@
-"""The judge's endpoint: OpenAI-compatible chat completions, asked until it answers.
+"""An endpoint to ask: OpenAI-compatible chat completions, asked until it answers.
 
 What may pass (a limit, a server error, a timeout, a broken reply) is tried again after a growing
 wait; what will not (a wrong key, address or model) stops the run.
@@ -37,14 +37,14 @@ class CallFailed(JudgeError):
 
 @dataclass(frozen=True)
 class Reply:
-    """What the judge wrote.
+    """What the model wrote.
 
     Attributes
     ----------
     whole : bool
         Whether it ended by itself, not at the limit of tokens.
     refused : bool
-        Whether the endpoint says that the judge, or a filter, refused.
+        Whether the endpoint says that the model, or a filter, refused.
     input_tokens, output_tokens : int or None
         None if the endpoint did not report usage.
     cost_usd : float
@@ -70,13 +70,15 @@ class _Setback:
 
 
 class Endpoint:
-    """Asks one judge, at temperature 0, within a budget.
+    """Asks one model within a budget.
 
     Parameters
     ----------
     backoff_s : float
         Wait before the second attempt, doubled with each further one, half to one and a half
         times as long by chance.
+    section : str
+        Where its settings stand, for messages; its last word says who is asked.
 
     Raises
     ------
@@ -84,16 +86,21 @@ class Endpoint:
         If `base_url` is not set or no address, or the key cannot be sent.
     """
 
-    def __init__(self, settings: JudgeSettings, budget: Budget, *, backoff_s: float) -> None:
+    def __init__(
+        self, settings: JudgeSettings, budget: Budget, *, backoff_s: float, section: str = "judge"
+    ) -> None:
         import httpx
 
+        self._section = section
+        self.who = section.rpartition(".")[2]
         try:
             url = httpx.URL((settings.base_url or "").rstrip("/") + "/chat/completions")
         except httpx.InvalidURL:
             url = httpx.URL()
         if url.scheme not in {"http", "https"} or not url.host:
             raise UsageError(
-                "set `judge.base_url` to an OpenAI-compatible endpoint, up to and including /v1"
+                f"set `{section}.base_url` to an OpenAI-compatible endpoint, up to and including "
+                "/v1"
             )
         self._settings = settings
         self._budget = budget
@@ -103,7 +110,7 @@ class Endpoint:
         self._key = settings.api_key.get_secret_value().strip() if settings.api_key else ""
         if not (self._key.isascii() and self._key.isprintable()):
             # httpx would show the key in its complaint
-            raise UsageError("`judge.api_key` holds characters that no key has: set it again")
+            raise UsageError(f"`{section}.api_key` holds characters that no key has: set it again")
         self._open_at = 0.0  # no call before this, in seconds of the loop's clock
 
     async def __aenter__(self) -> Self:
@@ -119,8 +126,8 @@ class Endpoint:
     async def __aexit__(self, *exc: object) -> None:
         await self._client.aclose()
 
-    async def ask(self, system: str, user: str) -> Reply:
-        """Return the judge's reply.
+    async def ask(self, system: str, user: str, *, temperature: float = 0) -> Reply:
+        """Return the model's reply.
 
         Raises
         ------
@@ -138,7 +145,7 @@ class Endpoint:
                 {"role": "system", "content": system},
                 {"role": "user", "content": user},
             ],
-            "temperature": 0,
+            "temperature": temperature,
             "max_tokens": self._settings.max_output_tokens,
         }
         clock = asyncio.get_running_loop().time
@@ -191,8 +198,9 @@ class Endpoint:
         told = f"status {status}{_error_code(answer)}"
         if status in _STOPS:
             return _Setback(
-                f"the judge's endpoint {self._shown} answered with {told}: check "
-                "`judge.base_url`, `judge.model` and `judge.api_key`",
+                f"the {self.who}'s endpoint {self._shown} answered with {told}: check "
+                f"`{self._section}.base_url`, `{self._section}.model` and "
+                f"`{self._section}.api_key`",
                 ends=StopJudging,
             )
         if status not in _RETRIED and status < 500:
@@ -200,7 +208,7 @@ class Endpoint:
         wait_s = _retry_after_s(answer.headers.get("Retry-After"))
         if wait_s is not None and wait_s > _MAX_ASKED_WAIT_S:
             return _Setback(
-                f"the judge's endpoint {self._shown} answered with {told} and asks to wait "
+                f"the {self.who}'s endpoint {self._shown} answered with {told} and asks to wait "
                 f"{wait_s:.0f} s: run again after that",
                 ends=StopJudging,
             )

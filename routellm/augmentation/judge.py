@@ -7,18 +7,14 @@ Without two verdicts there is no label.
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from routellm.augmentation.answers import AnswerPair, Answers
-from routellm.augmentation.budget import Budget, StopJudging
-from routellm.augmentation.endpoint import CallFailed, Endpoint, Reply
+from routellm.augmentation.asking import Asker, ask_until_read
+from routellm.augmentation.endpoint import Endpoint, Reply
 from routellm.augmentation.labels import Labels, label
 from routellm.augmentation.template import SYSTEM, Choice, Question, cut, read_verdict
 from routellm.augmentation.verdicts import Verdict, VerdictStore
@@ -29,7 +25,6 @@ from routellm.settings import JudgeSettings
 _TIMES_ASKED = 2  # a reply without a verdict is asked for once more
 _OUTPUT_TOKENS = 150  # what 100 words of reasons and a verdict come to
 _CHARS_PER_TOKEN = 4  # of English text, roughly
-_FAILURES_IN_A_ROW = 5  # more than two bad pairs side by side: it is the endpoint, not the texts
 
 
 @dataclass(frozen=True)
@@ -88,21 +83,6 @@ class Judging:
             raise JudgeError(self.stopped)
 
 
-@dataclass
-class _Run:
-    """What is known as a run goes on; verdicts and failures by question key."""
-
-    endpoint: Endpoint
-    budget: Budget
-    verdicts: dict[bytes, Verdict]
-    total: int
-    progress: Progress | None
-    done: int = 0
-    failed: dict[bytes, str] = field(default_factory=dict)
-    failed_in_a_row: int = 0
-    stopped: str | None = None
-
-
 class Judge:
     """Labels pairs of answers by asking an LLM, and remembers its verdicts on disk.
 
@@ -158,32 +138,24 @@ class Judge:
         JudgeError
             If the cache cannot be used.
         """
-        questions = self._questions(answers)
-        verdicts = self._store.get(list(questions))
-        cached = len(verdicts)
-        todo = {key: q for key, q in questions.items() if key not in verdicts}
-        budget = Budget(self._settings.budget_usd)
-        failed: dict[bytes, str] = {}
-        stopped = None
-        if todo:  # else no endpoint is needed
-            endpoint = Endpoint(self._settings, budget, backoff_s=self._backoff_s)
-            run = _Run(endpoint, budget, verdicts, len(todo), progress, failed=failed)
-            _wait_for(self._ask_all(todo, run))
-            stopped = run.stopped
+        asked = Asker(self._settings, self._store, self._ask, self._backoff_s).run(
+            self._questions(answers), progress
+        )
         labels = label(
             answers,
             [self._keys(pair) for pair in answers.pairs],
-            verdicts,
-            failed,
+            asked.known,
+            asked.failed,
             judge=self._settings.model,
         )
+        stopped, budget = asked.stopped, asked.budget
         if stopped is not None:
             stopped = f"{stopped} ({labels.remaining} of {len(answers.pairs)} pairs remain)"
         return Judging(
             labels=labels,
             calls=budget.calls,
-            cached=cached,
-            cost_usd=budget.spent_usd,
+            cached=asked.cached,
+            cost_usd=asked.cost_usd,
             unseen_calls=budget.unseen_calls,
             unseen_usd=budget.unseen_usd,
             stopped=stopped,
@@ -203,70 +175,18 @@ class Judge:
         a_first, b_first = self._orders(pair)
         return a_first.key(self._settings.model), b_first.key(self._settings.model)
 
-    async def _ask_all(self, todo: dict[bytes, Question], run: _Run) -> None:
-        work = iter(todo.items())
-        # as many workers as calls may be in flight: no task a question is held
-        workers = min(self._settings.concurrency, len(todo))
-        async with run.endpoint:
-            with self._store.held():
-                await asyncio.gather(*(self._work(work, run) for _ in range(workers)))
-
-    async def _work(self, work: Iterator[tuple[bytes, Question]], run: _Run) -> None:
-        """Ask one question after another, until there is none left or the run is stopped."""
-        for key, question in work:
-            try:
-                known = self._store.get([key]).get(key)  # another process may have asked since
-                if known is None:
-                    verdict = await self._ask(question, run.endpoint)
-                    known = self._store.put(key, verdict, self._settings.model)
-                run.verdicts[key] = known
-                run.failed_in_a_row = 0
-            except CallFailed as error:
-                run.failed[key] = str(error)
-                run.failed_in_a_row += 1
-                if run.failed_in_a_row >= _FAILURES_IN_A_ROW:
-                    run.stopped = run.stopped or (
-                        f"{run.failed_in_a_row} questions in a row got no reply, the last for "
-                        f"{error}: see that the judge's endpoint works and run again"
-                    )
-            except StopJudging as stop:
-                run.stopped = run.stopped or str(stop)
-            if run.stopped is not None:
-                run.budget.close()
-                return
-            run.done += 1
-            if run.progress:
-                run.progress(run.done, run.total)
-
     async def _ask(self, question: Question, endpoint: Endpoint) -> Verdict:
-        replies: list[Reply] = []
-        choice: Choice | None = None
-        while choice is None and len(replies) < _TIMES_ASKED:
-            reply = await endpoint.ask(SYSTEM, question.text())
-            replies.append(reply)
-            if not reply.refused:
-                choice = read_verdict(reply.text, whole=reply.whole)
-        last = replies[-1]
-        reason = "a refusal" if last.refused else "no verdict" if last.whole else "cut off"
-        inputs = [r.input_tokens for r in replies if r.input_tokens is not None]
-        outputs = [r.output_tokens for r in replies if r.output_tokens is not None]
+        said = await ask_until_read(endpoint, SYSTEM, question.text(), _choice, times=_TIMES_ASKED)
         return Verdict(
-            choice=choice,
-            reason=None if choice else reason,
-            reply=endpoint.without_key(last.text)[-500:],  # the verdict stands at the end
-            input_tokens=sum(inputs) if len(inputs) == len(replies) else None,
-            output_tokens=sum(outputs) if len(outputs) == len(replies) else None,
-            cost_usd=sum(r.cost_usd for r in replies),
-            judged_at=datetime.now(UTC),
+            choice=cast("Choice | None", said.outcome),
+            reason=said.reason,
+            reply=said.reply,
+            input_tokens=said.input_tokens,
+            output_tokens=said.output_tokens,
+            cost_usd=said.cost_usd,
+            judged_at=said.asked_at,
         )
 
 
-def _wait_for(work: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine to its end, also where a loop runs already (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(work)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(asyncio.run, work).result()
+def _choice(reply: Reply) -> Choice | None:
+    return read_verdict(reply.text, whole=reply.whole)

@@ -63,7 +63,7 @@ class Question:
 
     def key(self, judge: str) -> bytes:
         """Return the SHA-256 of all that a verdict depends on, whichever endpoint gives it."""
-        return _digest(judge, TEMPLATE_VERSION, self.prompt, self.first, self.second)
+        return digest(judge, TEMPLATE_VERSION, self.prompt, self.first, self.second)
 
     def text(self) -> str:
         """Return the user message.
@@ -71,7 +71,7 @@ class Question:
         The markers carry a code that depends on the texts, so that no answer can close its own
         and speak from outside of it.
         """
-        code = _digest(self.prompt, self.first, self.second).hex()[:12]
+        code = digest(self.prompt, self.first, self.second).hex()[:12]
         return _USER.format(code=code, prompt=self.prompt, first=self.first, second=self.second)
 
 
@@ -103,10 +103,11 @@ def read_verdict(reply: str, *, whole: bool) -> Choice | None:
     return _CHOICES[named.pop()] if len(named) == 1 else None
 
 
-def _digest(*parts: str) -> bytes:
-    digest = hashlib.sha256()
+def digest(*parts: str) -> bytes:
+    """Return the SHA-256 of texts, which says where each ends."""
+    found = hashlib.sha256()
     for part in parts:
         raw = part.encode("utf-8")
-        digest.update(len(raw).to_bytes(8, "big"))  # else ("ab", "c") would be ("a", "bc")
-        digest.update(raw)
-    return digest.digest()
+        found.update(len(raw).to_bytes(8, "big"))  # else ("ab", "c") would be ("a", "bc")
+        found.update(raw)
+    return found.digest()

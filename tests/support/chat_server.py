@@ -1,4 +1,4 @@
-"""A local judge: an HTTP server that speaks OpenAI's chat completions and does as a test says.
+"""A local model: an HTTP server that speaks OpenAI's chat completions and does as a test says.
 
 It refuses what the real one refuses (a wrong key, path or body), counts usage, and keeps what it
 was asked. A `script` of answers is used up first; then the `rule` answers.
@@ -22,7 +22,7 @@ _PART = r"----- {name} (\w+) -----\n(.*?)\n----- END OF {name} \1 -----"
 
 @dataclass(frozen=True)
 class Asked:
-    """One call, as the server understood it."""
+    """One call, as the server understood it; the answers are a judge's two."""
 
     prompt: str
     first: str
@@ -30,6 +30,10 @@ class Asked:
     body: dict[str, Any]
     authorization: str | None
     at: float
+
+    def part(self, name: str) -> str:
+        """Return what stands between the marker lines of a name, or nothing."""
+        return part(self.body["messages"][1]["content"], name)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,12 @@ class Answer:
     usage: bool = True
     delay_s: float = 0.0
     hang_up: bool = False
+
+
+def part(user: str, name: str) -> str:
+    """Return what stands between the marker lines of a name in a user message, or nothing."""
+    found = re.search(_PART.format(name=name), user, re.DOTALL)
+    return found.group(2) if found else ""
 
 
 def better(asked: Asked) -> Answer:
@@ -161,10 +171,7 @@ def chat_server(key: str | None = None) -> Iterator[ChatServer]:
                 return None
             system, user = (m["content"] for m in body["messages"])
             assert system
-            parts = [
-                re.search(_PART.format(name=name), user, re.DOTALL).group(2)
-                for name in ("QUESTION", "ANSWER A", "ANSWER B")
-            ]
+            parts = [part(user, name) for name in ("QUESTION", "ANSWER A", "ANSWER B")]
             return Asked(*parts, body, self.headers["Authorization"], time.monotonic())
 
         def send(self, given: Answer, body: bytes) -> None:
