@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.calls import said
 from registry.client import Registry
+from routellm.evaluation.evaluate import Interval
 from routellm.policies import Measured, Recorded
 from routellm.policies.plot import plot_policies
 
@@ -74,5 +75,11 @@ def metrics(one: Measured) -> dict[str, float]:
     for name in FIGURES:
         found: Any = getattr(one, name)
         if found is not None:
-            out |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+            out |= _ends(name, found)
+    for name, found in one.figures.items():
+        out |= _ends(name, found)
     return out
+
+
+def _ends(name: str, found: Interval) -> dict[str, float]:
+    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}

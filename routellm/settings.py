@@ -500,6 +500,62 @@ class Latency(_Group):
     token_s: float = Field(0.015, ge=0, description="seconds for each token written")
 
 
+class ScorerSettings(_Group):
+    """The small encoder that policies fine-tune to score, rank and choose answers."""
+
+    model: str = Field(
+        "sentence-transformers/all-MiniLM-L6-v2", description="local folder or hub name"
+    )
+    revision: str = Field(
+        EmbeddingSettings.model_fields["revision"].default,
+        description="pinned hub revision of `model`",
+    )
+    max_length: int = Field(192, ge=16, description="tokens read of a prompt and its answers")
+    batch_size: int = Field(16, ge=1, description="texts in a step")
+    learning_rate: float = Field(5e-5, gt=0, description="highest of a training")
+    epochs: int = Field(2, ge=1, description="most passes over the examples")
+    trained_layers: int = Field(
+        2, ge=1, description="of the encoder's last layers; what is below stays as it is"
+    )
+    examples: int = Field(
+        600, ge=50, description="most examples trained on, drawn at random; time grows with it"
+    )
+    usd_per_million: float = Field(
+        0.02, ge=0, description="dollars that reading a million tokens is counted with"
+    )
+    seconds: float = Field(0.02, ge=0, description="seconds that reading one text is counted with")
+
+
+class VerifierSettings(_Group):
+    """AutoMix's self-verification: the small model is asked whether its own answer is right."""
+
+    endpoint: JudgeSettings = Field(
+        JudgeSettings(),
+        description="the small model's endpoint; without its base_url votes are made up, and the "
+        "rows say SIMULATED",
+    )
+    samples: int = Field(8, ge=1, le=64, description="votes on an answer (paper)")
+    temperature: float = Field(
+        1.0, gt=0, le=2, description="at which votes are drawn: above 0, for them to differ (paper)"
+    )
+    planted_right: float = Field(
+        0.75, ge=0, le=1, description="SIMULATED votes: chance of yes where an answer is right"
+    )
+    planted_wrong: float = Field(0.65, ge=0, le=1, description="the same where it is wrong")
+
+
+class BartScoreSettings(_Group):
+    """What scores answers for Hybrid-LLM's labels, where it is not the table."""
+
+    model: str | None = Field(
+        None,
+        description="local folder or hub name of a sequence-to-sequence model, as "
+        "`facebook/bart-large-cnn`; by default, and where no answers were recorded, a table's "
+        "own scores are taken",
+    )
+    revision: str = Field("main", description="hub revision of `model`: pin a commit")
+
+
 class PoliciesSettings(_Group):
     """How policies are compared on recorded tables."""
 
@@ -512,6 +568,13 @@ class PoliciesSettings(_Group):
         description="seconds that a call takes, by model: `[policies.latency.MODEL]` with "
         "first_token_s and token_s; others take 0.4 s and 15 ms a token",
     )
+
+    rows: int = Field(
+        2_000, ge=50, description="most rows of a table that are measured on, drawn by their hash"
+    )
+    scorer: ScorerSettings = ScorerSettings()
+    verifier: VerifierSettings = VerifierSettings()
+    bart_score: BartScoreSettings = BartScoreSettings()
 
     def latency_of(self, model: str) -> Latency:
         """Return how long a model takes."""
@@ -683,6 +746,10 @@ class Settings(BaseSettings):
     @property
     def verdicts_path(self) -> Path:
         return self.home / "verdicts.db"
+
+    @property
+    def votes_path(self) -> Path:
+        return self.home / "votes.db"
 
     @classmethod
     def settings_customise_sources(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from routellm.policies.hull import aiq, hull
 from routellm.policies.measure import Measured, budget, measure
-from routellm.policies.policy import Point, Policy, answered
+from routellm.policies.policy import Point, Policy, answerable, answered, fitted
 from routellm.policies.recorded import Recorded, Split, load_recorded
 
 __all__ = [
@@ -18,8 +18,10 @@ __all__ = [
     "Recorded",
     "Split",
     "aiq",
+    "answerable",
     "answered",
     "budget",
+    "fitted",
     "hull",
     "load_recorded",
     "measure",

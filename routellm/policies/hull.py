@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from routellm.evaluation.metrics import Floats, upper_hull
+from routellm.policies.recorded import Recorded
 
 
 def hull(usd: Floats, quality: Floats) -> tuple[Floats, Floats]:
@@ -43,3 +44,10 @@ def aiq(usd: Floats, quality: Floats, low: float, high: float) -> float:
     inside = x[(x > low) & (x < high)]
     at = np.concatenate([[low], inside, [high]])
     return float(np.trapezoid(np.interp(at, x, y), at) / (high - low))
+
+
+def worth_asking(table: Recorded) -> tuple[str, ...]:
+    """Return the models on the hull of all, the cheapest first: others cost more for no more."""
+    usd, quality = table.usd.mean(axis=0), table.quality.mean(axis=0)
+    x, _ = hull(usd, quality)
+    return tuple(table.models[int(np.flatnonzero(usd == at)[0])] for at in x)

@@ -1,12 +1,13 @@
 """Measure policies on a table: quality, calls, dollars, seconds and AIQ, each with its interval.
 
 All policies of a table are measured on the same rows and the same resamples of them, so their
-figures can be compared. 95 % bootstrap intervals, by percentiles.
+figures can be compared, and what one has over blind mixing or over the best model is a difference
+within each resample. 95 % bootstrap intervals, by percentiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +15,11 @@ from numpy.typing import NDArray
 
 from routellm.evaluation.evaluate import Interval
 from routellm.evaluation.metrics import Floats, exact_curve
-from routellm.policies.hull import aiq
+from routellm.policies.hull import aiq, hull
 from routellm.policies.policy import Point, Policy, answered
 from routellm.policies.recorded import Recorded, Split
+
+_SAVING_AT = (1.0, 0.95)  # of the best model's quality
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Measured:
         Over the prices from the cheapest to the dearest model.
     apgr : Interval or None
         Of a router between two models; None of other policies.
+    figures : dict of Interval
+        By name. Of all: ``aiq_gain``, over blind mixing of the models; ``gain``, how much better
+        than the best single model the setting is that answered best on the rows to choose by;
+        ``saving_100`` and ``saving_95``, the share of the best model's dollars that are saved at
+        so many percent of its quality. And what a policy's own paper measures it by.
     points : ndarray (k, 2)
         Dollars per thousand queries and quality of each setting.
     """
@@ -49,6 +57,7 @@ class Measured:
     latency_p95_s: Interval
     aiq: Interval
     apgr: Interval | None
+    figures: Mapping[str, Interval]
     points: Floats
 
 
@@ -61,8 +70,8 @@ def measure(
 ) -> list[Measured]:
     """Measure fitted policies on the rows of a table that are kept to measure on.
 
-    The setting that is shown is the one that answered best in training within `budget`, or the
-    cheapest where none is as cheap; so nothing is chosen on the rows that are measured on.
+    The setting that is shown is the one that answered best on the rows to choose by within
+    `budget`, or the cheapest where none is as cheap; nothing is chosen on what is measured on.
     """
     drawn = rng.integers(len(split.measure), size=(resamples, len(split.measure)))
     return [_measured(policy, split, drawn) for policy in policies]
@@ -77,7 +86,15 @@ def budget(table: Recorded) -> float:
 def _measured(policy: Policy, split: Split, drawn: NDArray[np.int64]) -> Measured:
     table = split.measure
     points = answered(policy, table)
-    shown = points[_chosen(policy, split.train)]
+    held = policy.answer(split.held)
+    shown = points[_chosen(held, budget(split.held))]
+    best = points[int(np.argmax([p.quality.mean() for p in held]))]
+    counts = np.array([np.bincount(rows, minlength=len(table)) for rows in drawn], dtype=np.float64)
+    once = np.ones(len(table))
+
+    def over(figure: Callable[[Floats], float]) -> Interval:
+        """Return a figure that takes how often each row counts, and its interval."""
+        return _interval(figure(once), np.array([figure(weight) for weight in counts]))
 
     def mean(values: Floats, scale: float = 1.0) -> Interval:
         return _interval(values.mean() * scale, values[drawn].mean(axis=1) * scale)
@@ -86,6 +103,17 @@ def _measured(policy: Policy, split: Split, drawn: NDArray[np.int64]) -> Measure
         values = shown.latency_s
         return _interval(np.quantile(values, q), np.quantile(values[drawn], q, axis=1))
 
+    own, blind = _Means.of(points, table), _Means.of((), table)
+    alone = table.quality[:, split.train.best()]
+    routed = policy.routed(table)
+    figures = {
+        "aiq_gain": over(lambda w: own.aiq(w) - blind.aiq(w)),
+        "gain": mean(best.quality - alone),
+        **{f"saving_{at:.0%}".rstrip("%"): over(lambda w, at=at: own.saving(w, at))  # type: ignore[misc]
+           for at in _SAVING_AT},
+    }  # fmt: skip
+    for name in policy.figures(points, table, once):
+        figures[name] = over(lambda w, name=name: policy.figures(points, table, w)[name])  # type: ignore[misc]
     return Measured(
         policy.name,
         table.name,
@@ -97,39 +125,68 @@ def _measured(policy: Policy, split: Split, drawn: NDArray[np.int64]) -> Measure
         mean(shown.usd, 1000.0),
         quantile(0.5),
         quantile(0.95),
-        _aiq(points, table, drawn),
-        _apgr(policy, table, drawn),
+        over(own.aiq),
+        over(lambda w: exact_curve(*routed, w).apgr()) if routed else None,
+        figures,
         np.array([[p.usd.mean() * 1000.0, p.quality.mean()] for p in points]),
     )
 
 
-def _chosen(policy: Policy, train: Recorded) -> int:
-    points = policy.answer(train)
+def _chosen(points: Sequence[Point], most_usd: float) -> int:
     usd = np.array([p.usd.mean() for p in points])
     quality = np.array([p.quality.mean() for p in points])
-    within = np.flatnonzero(usd <= budget(train) * (1 + 1e-9))
+    within = np.flatnonzero(usd <= most_usd * (1 + 1e-9))
     return int(within[quality[within].argmax()]) if len(within) else int(usd.argmin())
 
 
-def _aiq(points: Sequence[Point], table: Recorded, drawn: NDArray[np.int64]) -> Interval:
-    columns = table.usd.mean(axis=0)
-    low, high = float(columns.min()), float(columns.max())
-    cheapest = table.cheapest()
-    usd = np.column_stack([table.usd[:, cheapest], *(p.usd for p in points)])
-    quality = np.column_stack([table.quality[:, cheapest], *(p.quality for p in points)])
-    # prices stay as they are: what is in doubt is what they buy
-    usd_mean = usd.mean(axis=0)
-    resampled = np.array([aiq(usd_mean, quality[rows].mean(axis=0), low, high) for rows in drawn])
-    return _interval(aiq(usd_mean, quality.mean(axis=0), low, high), resampled)
+@dataclass(frozen=True)
+class _Means:
+    """The settings of a policy and what is open to all: asking any one model.
 
+    Attributes
+    ----------
+    usd : ndarray (k,)
+        Mean dollars a query. Prices stay as they are: what is in doubt is what they buy.
+    quality : ndarray (n, k)
+    low, high : float
+        Dollars of the cheapest and the dearest model.
+    best : int
+        Column of the model that is best on the table.
+    """
 
-def _apgr(policy: Policy, table: Recorded, drawn: NDArray[np.int64]) -> Interval | None:
-    routed = policy.routed(table)
-    if routed is None:
-        return None
-    counts = np.array([np.bincount(rows, minlength=len(table)) for rows in drawn], dtype=np.float64)
-    resampled = np.array([exact_curve(*routed, weight).apgr() for weight in counts])
-    return _interval(exact_curve(*routed, np.ones(len(table))).apgr(), resampled)
+    usd: Floats
+    quality: Floats
+    low: float
+    high: float
+    best: int
+
+    @classmethod
+    def of(cls, points: Sequence[Point], table: Recorded) -> _Means:
+        """With no points, all models: blind mixing. Else the points and the cheapest model."""
+        columns = table.usd.mean(axis=0)
+        models = [table.cheapest()] if points else range(len(table.models))
+        usd = [*(columns[c] for c in models), *(p.usd.mean() for p in points)]
+        quality = [*(table.quality[:, c] for c in models), *(p.quality for p in points)]
+        best = table.best()
+        # the best model is kept last: what is saved is counted from it
+        return cls(
+            np.array([*usd, columns[best]]),
+            np.column_stack([*quality, table.quality[:, best]]),
+            float(columns.min()),
+            float(columns.max()),
+            best,
+        )
+
+    def aiq(self, weight: Floats) -> float:
+        quality = weight @ self.quality[:, :-1] / weight.sum()
+        return aiq(self.usd[:-1], quality, self.low, self.high)
+
+    def saving(self, weight: Floats, share: float) -> float:
+        """Return the share of the best model's dollars saved at `share` of its quality."""
+        quality = weight @ self.quality / weight.sum()
+        x, y = hull(self.usd, quality)
+        usd = float(np.interp(share * quality[-1], y, x))
+        return 1.0 - usd / float(self.usd[-1])
 
 
 def _interval(value: float, resampled: Floats) -> Interval:

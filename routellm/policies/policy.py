@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,23 +59,59 @@ class Policy(ABC):
         Ids of the rows that it has learnt from; it is not measured on any of these.
     simulated : bool
         Whether what it was measured on was made up for it.
+    reads_answers : bool
+        Whether it reads what models answered: a table must have recorded it.
     """
 
+    reads_answers: ClassVar[bool] = False
     name: str
     trained_on: frozenset[str] = field(default=frozenset(), init=False)
     simulated: bool = field(default=False, init=False)
 
-    def fit(self, table: Recorded) -> None:
-        """Learn from recorded rows. By default there is nothing to learn."""
+    def fit(self, table: Recorded, held: Recorded) -> None:
+        """Learn from recorded rows, and choose settings by those of `held`.
+
+        By default there is nothing to learn.
+        """
         return
 
     @abstractmethod
     def answer(self, table: Recorded) -> Sequence[Point]:
         """Return what each of its settings does on a table; the settings are always the same."""
 
+    def figures(self, points: Sequence[Point], table: Recorded, weight: Floats) -> dict[str, float]:
+        """Return what its paper measures it by beside quality and price, by name.
+
+        `weight` (n,) is how often each row of the table counts.
+        """
+        return {}
+
     def routed(self, table: Recorded) -> tuple[Floats, Floats, Floats] | None:
         """Return win rates, and the scores (n,) of strong and weak, if it routes between two."""
         return None
+
+
+def answerable(policy: Policy, table: Recorded) -> bool:
+    """Say whether a table has recorded what a policy reads."""
+    return bool(table.answers) or not policy.reads_answers
+
+
+def fitted(policy: Policy, table: Recorded, held: Recorded) -> None:
+    """Have a policy learn from recorded rows.
+
+    Raises
+    ------
+    UsageError
+        If it reads answers, and none were recorded.
+    TrainingError
+        If the rows are too few.
+    """
+    if not answerable(policy, table):
+        raise UsageError(
+            f"{policy.name} reads what models answered, and table {table.name} has no answers: "
+            "give it a column `MODEL:response` for each model, or leave the policy out"
+        )
+    policy.fit(table, held)
 
 
 def answered(policy: Policy, table: Recorded) -> Sequence[Point]:

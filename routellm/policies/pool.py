@@ -42,7 +42,7 @@ class PoolRouter(Policy):
     _usd: Floats = field(default_factory=lambda: np.empty(0), init=False)
     _model: Any = field(default=None, init=False)
 
-    def fit(self, table: Recorded) -> None:
+    def fit(self, table: Recorded, held: Recorded) -> None:
         if len(table) < MIN_ROWS:
             raise TrainingError(
                 f"{self.name} cannot learn from {len(table)} rows of {table.name}: give at least "
@@ -57,7 +57,7 @@ class PoolRouter(Policy):
         self._model = self.candidates(len(table))[self.chosen].fit(vectors, table.quality)
         self._usd = table.usd.mean(axis=0)
         self.models = table.models
-        self.trained_on = frozenset(table.ids)
+        self.trained_on = frozenset(table.ids + held.ids)
 
     @abstractmethod
     def candidates(self, n: int) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class Recorded:
         What the answer cost, in dollars.
     latency_s : ndarray (n, m)
         Seconds until it was whole, by the stated model of latency.
+    read_tokens : ndarray (n,)
+        Tokens of each prompt.
     written_tokens : ndarray (n, m)
         Tokens of each answer.
     answers : dict
@@ -60,6 +62,7 @@ class Recorded:
     quality: Floats
     usd: Floats
     latency_s: Floats
+    read_tokens: Floats
     written_tokens: Floats
     answers: Mapping[str, tuple[str, ...]]
     tokens_assumed: bool
@@ -82,8 +85,22 @@ class Recorded:
             quality=self.quality[keep],
             usd=self.usd[keep],
             latency_s=self.latency_s[keep],
+            read_tokens=self.read_tokens[keep],
             written_tokens=self.written_tokens[keep],
             answers={m: tuple(compress(a, keep)) for m, a in self.answers.items()},
+        )
+
+    def of(self, models: Sequence[str]) -> Recorded:
+        """Return the columns of some models, in the order given."""
+        columns = [self.models.index(one) for one in models]
+        return replace(
+            self,
+            models=tuple(models),
+            quality=self.quality[:, columns],
+            usd=self.usd[:, columns],
+            latency_s=self.latency_s[:, columns],
+            written_tokens=self.written_tokens[:, columns],
+            answers={m: self.answers[m] for m in models if m in self.answers},
         )
 
     def cheapest(self) -> int:
@@ -97,9 +114,13 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Split:
-    """A table's rows to train on, and those to measure on; no prompt is in both."""
+    """A table's rows: those to learn from, to choose settings by, and to measure on.
+
+    No prompt is in two of them.
+    """
 
     train: Recorded
+    held: Recorded
     measure: Recorded
 
 
@@ -107,7 +128,8 @@ def load_recorded(folder: Path, settings: Settings, count_tokens: CountTokens) -
     """Return the recorded tables of a folder, in name order, each split in two.
 
     ``mmlu`` comes split (gold, eval); of the others a hash of the prompt says which half a row is
-    in. Rows that the publisher calls contaminated are left out.
+    in. Of the rows that are not measured on, a hash keeps a quarter to choose settings by. Rows
+    that the publisher calls contaminated are left out.
 
     Parameters
     ----------
@@ -131,8 +153,7 @@ def load_recorded(folder: Path, settings: Settings, count_tokens: CountTokens) -
         if path.exists():
             rows = reader(path)
             recorded = _priced(name, rows, settings, count_tokens)
-            in_train = rows.train if rows.train is not None else in_training_half(recorded)
-            found.append(Split(recorded.where(in_train), recorded.where(~in_train)))
+            found.append(split(recorded, rows.train, settings.policies.rows))
     if not found:
         raise BenchmarkError(
             f"no recorded tables in {folder}: expected {', '.join(f'{f}.parquet' for f in read)}"
@@ -140,10 +161,23 @@ def load_recorded(folder: Path, settings: Settings, count_tokens: CountTokens) -
     return found
 
 
-def in_training_half(recorded: Recorded) -> NDArray[np.bool_]:
-    """Say of each row (n,) whether its prompt's hash puts it into the half that is trained on."""
-    digests = (hashlib.sha256(_SPLIT_SALT + bytes.fromhex(i)).digest() for i in recorded.ids)
-    return np.array([d[0] < 128 for d in digests], dtype=bool)
+def split(
+    recorded: Recorded, in_train: NDArray[np.bool_] | None = None, most: int | None = None
+) -> Split:
+    """Split a table by its prompts' hashes: the same prompt is always on the same side.
+
+    Parameters
+    ----------
+    in_train : ndarray of bool (n,), optional
+        Rows that are not to be measured on; by default the half that the hashes say.
+    most : int, optional
+        Rows that are measured on at most: those with the lowest hashes.
+    """
+    drawn = [hashlib.sha256(_SPLIT_SALT + bytes.fromhex(i)).digest() for i in recorded.ids]
+    if in_train is None:
+        in_train = np.array([d[0] < 128 for d in drawn], dtype=bool)
+    held = in_train & np.array([d[1] < 64 for d in drawn], dtype=bool)
+    return Split(recorded.where(in_train & ~held), recorded.where(held), recorded.where(~in_train))
 
 
 @dataclass(frozen=True)
@@ -262,6 +296,7 @@ def _priced(name: str, rows: _Rows, settings: Settings, count_tokens: CountToken
         quality,
         usd=(read[:, None] * per_read + written * per_written) / 1e6,
         latency_s=first + written * each,
+        read_tokens=read.astype(np.float64),
         written_tokens=written,
         answers={} if assumed else rows.answers,
         tokens_assumed=assumed,

@@ -1,6 +1,5 @@
 """How the end-to-end tests run the command, and the one retraining that most of them look at."""
 
-import fcntl
 import io
 import json
 import os
@@ -15,11 +14,12 @@ from unittest import mock
 import httpx
 
 from routellm.cli import main
+from tests.support.once import once, together
 
 ARENA = "simulated://arena?battles=6000"
 
 
-def routellm(*args, cwd=None, timeout=420):
+def routellm(*args, cwd=None, timeout=800):
     """Run the command as a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "routellm.cli", *map(str, args)],
@@ -88,12 +88,6 @@ def served(home, port, *args, cwd=None, env=None, folder=None):
             raise
 
 
-def together(tmp_path_factory):
-    """Return the folder that all workers of this test run have in common."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-
 def new_home(folder, tmp_path_factory):
     """Return a home whose embeddings are cached with those of all other homes of this test run."""
     home = folder / "h"
@@ -107,21 +101,16 @@ def retrained(tmp_path_factory):
 
     The worker that comes first makes it; others wait until it is there.
     """
-    folder = together(tmp_path_factory) / "retrained"
-    made = folder / "made"
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the file is closed, or its holder dies
-        if not made.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            home = new_home(folder, tmp_path_factory)
-            done = routellm("--home", home, "retrain", "--source", ARENA, cwd=folder)
-            assert done.returncode == 0, done.stderr
-            assert "SIMULATED" in done.stdout
-            assert "Champion: version" in done.stdout
-            assert "serve --demo" in done.stdout
-            made.touch()
-    return folder / "h"
+
+    def make(folder):
+        home = new_home(folder, tmp_path_factory)
+        done = routellm("--home", home, "retrain", "--source", ARENA, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert "SIMULATED" in done.stdout
+        assert "Champion: version" in done.stdout
+        assert "serve --demo" in done.stdout
+
+    return once(tmp_path_factory, "retrained", make) / "h"
 
 
 def copied(home, to):

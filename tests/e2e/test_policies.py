@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.e2e.shared import inside
+from tests.support.tiny_bert import save_tiny_bert
 from tests.support.words_endpoint import as_environment, words_endpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -20,7 +21,8 @@ def tables(tmp_path):
     """A table in which weak fails on what is hard."""
     prompts = [f"{'hard' if i % 2 else 'easy'} question {i}" for i in range(300)]
     hard = np.arange(300) % 2 == 1
-    said = {f"{model}:response": ["one two three"] * 300 for model in (WEAK, STRONG)}
+    said = {f"{WEAK}:response": ["river" if one else "tiger" for one in hard],
+            f"{STRONG}:response": ["tiger"] * 300}  # fmt: skip
     table = {"prompt": prompts, WEAK: ~hard, STRONG: np.ones(300, bool), **said}
     (tmp_path / "tables").mkdir()
     pq.write_table(pa.table(table), tmp_path / "tables" / "gsm8k.parquet")
@@ -30,6 +32,9 @@ def tables(tmp_path):
 def test_every_policy_is_measured_drawn_and_logged(tmp_path, tables, monkeypatch):
     home, out = tmp_path / "h", tmp_path / "report"
     monkeypatch.setenv("ROUTELLM_EVALUATION__BOOTSTRAP", "100")
+    scorer = {"MODEL": save_tiny_bert(tmp_path / "bert"), "LEARNING_RATE": 5e-3, "EPOCHS": 3}
+    for name, value in scorer.items():
+        monkeypatch.setenv(f"ROUTELLM_POLICIES__SCORER__{name}", str(value))
     with words_endpoint() as url:
         for name, value in as_environment(url).items():
             monkeypatch.setenv(name, value)
@@ -37,14 +42,25 @@ def test_every_policy_is_measured_drawn_and_logged(tmp_path, tables, monkeypatch
         done = inside(*args, "--json")
         assert done.returncode == 0, done.stderr
         refused = inside(*args, "--tables", "gsm8k,nowhere")
+        unknown = inside(*args, "--only", "Frugal", "--only", "frugal")
     found = {one["policy"]: one for one in json.loads(done.stdout)}
-    assert len(found) == 8
     blind, oracle = found.pop("zero router"), found.pop("oracle")
+    assert len(found) == 18
     for one in found.values():
-        assert blind["aiq"]["value"] < one["aiq"]["value"] <= oracle["aiq"]["value"], one["policy"]
-        assert (one["apgr"] is None) == one["policy"].endswith("over the pool")
+        assert one["aiq"]["value"] <= oracle["aiq"]["value"] + 1e-9, one["policy"]
+        routes = one["policy"].endswith("on a pair") or one["policy"].startswith("Hybrid-LLM")
+        assert (one["apgr"] is not None) == routes, one["policy"]
+        planted = one["policy"].startswith(("AutoMix", "cascade"))
+        assert one["simulated"] == planted, one["policy"]
+    for name in ("knn on a pair", "KNN over the pool", "FrugalGPT", "Hybrid-LLM, probabilistic"):
+        assert found[name]["figures"]["aiq_gain"]["low"] > 0, name
+    assert found["best of n"]["aiq"]["value"] < blind["aiq"]["value"]  # strong alone is as good
+    assert found["FrugalGPT"]["calls"]["value"] > 1.2
+    assert found["LLM-Blender"]["points"][-1][0] > oracle["points"][-1][0]  # all is paid for
     assert (out / "pareto-gsm8k.png").read_bytes()[:4] == b"\x89PNG"
-    assert len((out / "policies.md").read_text().splitlines()) == 2 + 8
+    written = (out / "policies.md").read_text()
+    assert "| gsm8k | AutoMix, POMDP (SIMULATED) |" in written
+    assert "| FrugalGPT | half the cost at the best model's quality" in written
 
     uri = f"sqlite:///{home / 'mlflow.db'}"
     client = mlflow.MlflowClient(uri, uri)
@@ -60,3 +76,5 @@ def test_every_policy_is_measured_drawn_and_logged(tmp_path, tables, monkeypatch
     assert refused.returncode == 2
     assert "no table 'nowhere'" in refused.stderr
     assert "it has gsm8k" in refused.stderr
+    assert unknown.returncode == 2
+    assert "no policy 'frugal': there are zero router; oracle; KNN over" in unknown.stderr

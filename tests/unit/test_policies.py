@@ -13,7 +13,8 @@ from routellm.policies.measure import _chosen
 from routellm.policies.pair import PairRouter, battles_of
 from routellm.policies.policy import asked_once
 from routellm.policies.pool import KNNPool, MLPPool
-from routellm.policies.recorded import Split, in_training_half
+from routellm.policies.recorded import Split
+from routellm.policies.recorded import split as split_of
 from routellm.policies.single import Oracle, ZeroRouter, best_at
 from routellm.policies.tokens import counter
 from routellm.routers.base import Pair
@@ -59,11 +60,11 @@ def test_answers_are_counted_and_priced_and_timed(split, tmp_path):
 
 
 def test_no_prompt_is_trained_and_measured_on_and_the_halves_are_alike(split):
-    assert not set(split.train.ids) & set(split.measure.ids)
-    assert len(split.train) + len(split.measure) == 400
-    assert 150 < len(split.train) < 250
-    again = in_training_half(split.train)
-    assert again.all()
+    parts = (split.train, split.held, split.measure)
+    assert len({one for part in parts for one in part.ids}) == sum(map(len, parts)) == 400
+    assert 150 < len(split.measure) < 250
+    assert len(split.held) < len(split.train) / 2
+    assert split_of(split.held).held.ids == split.held.ids  # a prompt is always on the same side
 
 
 def test_without_answers_their_tokens_are_the_settings_and_it_is_said(tmp_path):
@@ -79,7 +80,7 @@ def test_mmlu_is_split_as_published_and_contaminated_rows_are_left_out(tmp_path)
     contaminated = [i % 10 == 0 for i in range(400)]
     write(tmp_path, name="mmlu", split=split, contaminated=contaminated)
     (found,) = load_recorded(tmp_path, settings_with(tmp_path), words)
-    assert (len(found.train), len(found.measure)) == (90, 270)
+    assert (len(found.train) + len(found.held), len(found.measure)) == (90, 270)
 
 
 def test_alpaca_takes_the_judge_that_judged_most_and_the_reference_ties_itself(tmp_path):
@@ -182,7 +183,7 @@ def test_an_oracle_sends_to_big_only_what_small_fails(split):
 
 def test_routers_over_a_pool_learn_whom_to_ask(split, encoder):
     for policy in (KNNPool("knn", encoder), MLPPool("mlp", encoder)):
-        policy.fit(split.train)
+        policy.fit(split.train, split.held)
         (found,) = measure([policy], split, resamples=50, rng=np.random.default_rng(0))
         blind = measure([ZeroRouter()], split, resamples=50, rng=np.random.default_rng(0))[0]
         assert found.aiq.low > blind.aiq.high, policy.name
@@ -191,7 +192,7 @@ def test_routers_over_a_pool_learn_whom_to_ask(split, encoder):
 
 def test_a_router_kind_on_a_pair_has_an_apgr(split, encoder):
     policy = PairRouter("knn", "knn", encoder, Pair("gpt-4", "none of these"))
-    policy.fit(split.train)
+    policy.fit(split.train, split.held)
     assert policy.router.pair == Pair("big", "small")
     (found,) = measure([policy], split, resamples=50, rng=np.random.default_rng(0))
     assert found.apgr.low > 0.6
@@ -202,7 +203,7 @@ def test_a_router_kind_on_a_pair_has_an_apgr(split, encoder):
 
 
 def test_battles_of_scores_are_golden_and_equal_scores_tie(split, encoder):
-    battles = battles_of(split.train, Pair("big", "small"), encoder)
+    battles = battles_of(split.train, Pair("big", "small"), encoder, 0)
     assert len(battles) == len(split.train)
     small_right = split.train.quality[battles.prompt, 0] == 1
     assert set(battles.preference_a[small_right]) == {0.5}
@@ -212,32 +213,35 @@ def test_battles_of_scores_are_golden_and_equal_scores_tie(split, encoder):
 
 def test_rows_that_a_policy_has_learnt_from_are_refused_by_id(split, encoder):
     policy = KNNPool("knn", encoder)
-    policy.fit(split.train)
+    policy.fit(split.train, split.held)
     first = split.train.ids[0][:12]
     with pytest.raises(UsageError, match=rf"learnt from \d+ of .* \(row 0, {first}\)"):
         answered(policy, split.train)
     with pytest.raises(UsageError, match="knn has learnt from"):
         measure(
-            [policy], Split(split.train, split.train), resamples=10, rng=np.random.default_rng(0)
+            [policy],
+            Split(split.train, split.held, split.train),
+            resamples=10,
+            rng=np.random.default_rng(0),
         )
 
 
 def test_too_few_rows_and_a_pair_of_one_are_refused(split, encoder):
     few = split.train.where(np.arange(len(split.train)) < 3)
     with pytest.raises(TrainingError, match="cannot learn from 3 rows"):
-        KNNPool("knn", encoder).fit(few)
+        KNNPool("knn", encoder).fit(few, split.held)
     same = PairRouter("knn", "knn", encoder, Pair("big", "big"))
     with pytest.raises(TrainingError, match="nothing to route between"):
-        same.fit(split.train)
+        same.fit(split.train, split.held)
 
 
 def test_the_setting_is_chosen_in_training_within_the_budget(split):
     policy = Oracle()
-    at = _chosen(policy, split.train)
-    assert policy.answer(split.train)[at].usd.mean() <= budget(split.train) * 1.001
-    only_big = ZeroRouter()
-    only_big.answer = lambda table: [asked_once(table, np.ones(len(table), dtype=np.int64), "big")]
-    assert _chosen(only_big, split.train) == 0  # none is as cheap: the cheapest stands
+    points = policy.answer(split.held)
+    at = _chosen(points, budget(split.held))
+    assert points[at].usd.mean() <= budget(split.held) * 1.001
+    only_big = [asked_once(split.held, np.ones(len(split.held), dtype=np.int64), "big")]
+    assert _chosen(only_big, budget(split.held)) == 0  # none is as cheap: the cheapest stands
 
 
 def test_money_is_weighed_by_row():
