@@ -120,11 +120,11 @@ def _name_lines(axes: Axes, cost: Floats, lines: Sequence[tuple[str, str, Floats
         axes.plot(cost[at], curve[at], "o", color=colour, ms=4, zorder=5)
 
 
-def canvas() -> tuple[Figure, Axes]:
-    """Return an empty figure of ours, and its axes."""
+def canvas(width_in: float = 7.2, height_in: float = 5.0) -> tuple[Figure, Axes]:
+    """Return an empty figure of ours, and its axes; sizes in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 5.0), dpi=140, layout="constrained")
+    figure = Figure(figsize=(width_in, height_in), dpi=140, layout="constrained")
     axes = figure.add_subplot()
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

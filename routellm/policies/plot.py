@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,10 @@ from routellm.policies.measure import Measured
 from routellm.policies.recorded import Recorded
 
 _DRAWN = 200
+_SIZE = (11.5, 5.2)  # inches: the legend stands beside the lines, there are too many to hide it
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (5, 1, 1, 1)))
+_BOUNDS = {"zero router": "--", "oracle": ":"}
+_COLOURS = (*COLOURS, "#8C564B")
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,23 +25,29 @@ if TYPE_CHECKING:
 def plot_policies(measured: Sequence[Measured], table: Recorded) -> Figure:
     """Draw each policy's hull on a table, its models, and the setting that is told of.
 
+    Policies of one family have one colour and differ in their dashes.
+
     Parameters
     ----------
     table : Recorded
         The rows that were measured on.
     """
-    figure, axes = canvas()
-    for i, one in enumerate(measured):
+    figure, axes = canvas(*_SIZE)
+    families: dict[str, int] = {}
+    for one in measured:
         corners = hull(one.points[:, 0], one.points[:, 1])
         # a mix of two settings is a straight line in dollars, and a curve on a log scale
         usd = np.geomspace(corners[0][0], corners[0][-1], _DRAWN)
         quality = np.interp(usd, *corners)
         told = f"{one.policy}{' (SIMULATED)' if one.simulated else ''}  {one.aiq}"
-        plain = one.policy in ("zero router", "oracle")
-        colour = "#888888" if plain else COLOURS[i % len(COLOURS)]
-        axes.plot(usd, quality, ":" if plain else "-", color=colour, lw=1.8, label=told)
-        if not plain:
-            axes.plot(one.usd_per_1000.value, one.quality.value, "o", color=colour, ms=5)
+        if one.policy in _BOUNDS:
+            axes.plot(usd, quality, _BOUNDS[one.policy], color="#888888", lw=1.8, label=told)
+            continue
+        family = family_of(one.policy)
+        drawn = families[family] = families.get(family, -1) + 1
+        colour = _COLOURS[list(families).index(family) % len(_COLOURS)]
+        axes.plot(usd, quality, color=colour, ls=_DASHES[drawn % len(_DASHES)], lw=1.5, label=told)
+        axes.plot(one.usd_per_1000.value, one.quality.value, "o", color=colour, ms=4)
     usd, quality = table.usd.mean(axis=0) * 1000.0, table.quality.mean(axis=0)
     axes.plot(usd, quality, "x", color="black", ms=6)
     for model, x, y in zip(table.models, usd, quality, strict=True):
@@ -50,6 +60,19 @@ def plot_policies(measured: Sequence[Measured], table: Recorded) -> Figure:
     )
     axes.legend(
         title="AIQ [95 % interval]; dots: within half of the price gap", fontsize=7.5,
-        title_fontsize=7.5, framealpha=0.85, edgecolor="none", loc="best",
+        title_fontsize=7.5, alignment="left", frameon=False, loc="upper left",
+        bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, handlelength=3.0,
     )  # fmt: skip
     return figure
+
+
+def family_of(policy: str) -> str:
+    """Return what a policy's name has in common with those of its family.
+
+    >>> [family_of(p) for p in ("mf on a pair", "Hybrid-LLM, transformed", "FrugalGPT")]
+    ['on a pair', 'Hybrid-LLM', 'FrugalGPT']
+    """
+    for ending in ("on a pair", "over the pool"):
+        if policy.endswith(ending):
+            return ending
+    return policy.split(",")[0]
