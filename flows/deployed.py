@@ -34,6 +34,7 @@ from flows.wanted import (
 from flows.work import measure_version, plan_again
 from flows.worker import cancel_waiting_like_this, said_failed, worker_settings
 from registry import Registry, connect
+from routellm.as_of import moment
 from routellm.ingest import Staged
 from routellm.settings import Settings
 from routellm.snapshots import Manifest, SnapshotStore, snapshot_store
@@ -51,6 +52,9 @@ def _flow(**options: Any) -> Any:
 def ingest(sources: list[str] | None = None) -> State[Any] | None:
     """Take in what is new, and ask for a retraining if there is reason to.
 
+    There may be reason without anything new: the retraining that was asked for before was killed.
+    Asking twice does no harm, since one that finds the work done does nothing.
+
     Parameters
     ----------
     sources : list of str
@@ -63,9 +67,8 @@ def ingest(sources: list[str] | None = None) -> State[Any] | None:
         return Completed(message=_NOTHING_TO_READ)
     store = snapshot_store(settings, simulated=loop.only_simulated(names))
     staged, manifest, _, _ = loop.take_in(names, store, settings)
-    if staged.new:
-        with step("tell") as line:
-            line.result = _tell(staged, manifest, store, settings)
+    with step("tell") as line:
+        line.result = _tell(staged, manifest, store, settings)
     return None
 
 
@@ -76,6 +79,7 @@ def retrain(
     benchmarks: str | None = None,
     move_alias: bool = True,
     because: str = "",
+    as_of: str | None = None,
 ) -> State[Any] | None:
     """Run the loop once: ingest, validate, augment, train, evaluate, register, promote.
 
@@ -88,15 +92,24 @@ def retrain(
     because : str
         Why an event asked for it. Where that holds no longer when its turn comes, for another
         retraining came before, nothing is done.
+    as_of : str, optional
+        Train on what was known at this moment (`routellm.as_of.moment`): no source is read, and the
+        champion stays.
+
+    Raises
+    ------
+    UsageError
+        If `as_of` is no moment, or one that has not passed.
     """
+    when = None if as_of is None else moment(as_of)  # refused before anything else
     settings = worker_settings(
         training={"routers": tuple(routers)} if routers else None,
         evaluation={"benchmarks": benchmarks} if benchmarks else None,
     )
     cancel_waiting_like_this()
-    if not (sources or sources_now(settings)):
+    if when is None and not (sources or sources_now(settings)):
         return Completed(message=_NOTHING_TO_READ)
-    if because in (FIRST, FRESH, NEW_MODEL):
+    if when is None and because in (FIRST, FRESH, NEW_MODEL):
         names = sources or sources_now(settings)
         store = snapshot_store(settings, simulated=loop.only_simulated(names))
         wanted = _wanted(store.latest(), store, settings)
@@ -105,7 +118,7 @@ def retrain(
     if because:
         log(f"asked for because of: {because}")
     # `.fn`: its tasks are this run's own, not those of a run within it
-    loop.retrain.fn(settings, sources, move_alias=move_alias)
+    loop.retrain.fn(settings, sources, move_alias=move_alias, as_of=when)
     return None
 
 
@@ -188,10 +201,11 @@ def promote(version: str = "challenger") -> None:
 
 
 def _tell(staged: Staged, manifest: Manifest, store: SnapshotStore, settings: Settings) -> str:
-    """Send the events that follow from a new snapshot; returns in words what they say."""
+    """Send the events that follow from the newest snapshot; returns in words what they say."""
     about = (f"routellm.snapshot.{manifest.digest[:12]}", f"snapshot {manifest.digest[:12]}")
     numbers = {"snapshot": manifest.digest, "new_battles": staged.new, "battles": manifest.rows}
-    send_event(INGESTED, *about, {**numbers, "simulated": manifest.simulated})
+    if staged.new:
+        send_event(INGESTED, *about, {**numbers, "simulated": manifest.simulated})
     wanted = _wanted(manifest, store, settings)
     if wanted:
         told = {"reason": wanted.reason, "why": wanted.why, "numbers": wanted.numbers | numbers}

@@ -12,6 +12,8 @@ from typing import Any
 
 import httpx
 
+from routellm.supervise import tls
+
 _TIMEOUT_S = 2.0
 
 
@@ -57,7 +59,7 @@ def recent_runs(api: str, limit: int = 6) -> list[FlowRun]:
     httpx.HTTPError
         If the server does not answer.
     """
-    with httpx.Client(base_url=api, timeout=_TIMEOUT_S) as client:
+    with httpx.Client(base_url=api, timeout=_TIMEOUT_S, verify=tls()) as client:
         runs = _post(
             client,
             "/flow_runs/filter",
@@ -109,7 +111,7 @@ def deployments(api: str) -> dict[str, bool]:
     httpx.HTTPError
         If the server does not answer.
     """
-    with httpx.Client(base_url=api, timeout=_TIMEOUT_S) as client:
+    with httpx.Client(base_url=api, timeout=_TIMEOUT_S, verify=tls()) as client:
         found = _post(client, "/deployments/filter")
         flows = _names(client, "flows", [one["flow_id"] for one in found])
     return {f"{flows.get(d['flow_id'], '?')}/{d['name']}": bool(d["paused"]) for d in found}
@@ -123,7 +125,7 @@ def online_workers(api: str, pool: str) -> list[str]:
     httpx.HTTPError
         If the server does not answer.
     """
-    with httpx.Client(base_url=api, timeout=_TIMEOUT_S) as client:
+    with httpx.Client(base_url=api, timeout=_TIMEOUT_S, verify=tls()) as client:
         reply = client.post(f"/work_pools/{pool}/workers/filter", json={})
         if reply.status_code == httpx.codes.NOT_FOUND:
             return []

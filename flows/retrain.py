@@ -29,7 +29,7 @@ from flows.promotion import promote_best
 from flows.report import apgr, end_with, figures_table, label
 from flows.runner import Workers
 from flows.side_by_side import SideBySide
-from flows.steps import step
+from flows.steps import log, step
 from flows.trained import (
     Measured,
     Trained,
@@ -51,6 +51,7 @@ from flows.work import (
     training_key,
 )
 from registry import Decision, Registry, VersionInfo, connect
+from registry.at_work import end_left
 from registry.log import retraining_run
 from registry.retraining_report import RetrainingReport
 from routellm.as_of import store_with_history
@@ -309,6 +310,8 @@ def _retrain(
     if settings.evaluation.benchmarks:  # refused before anything is ingested
         named_benchmarks(settings.evaluation.benchmarks, settings.home)
     registry = connect(settings)
+    for ended in end_left(registry):
+        log(f"run {ended} in MLflow was left by a process that was killed: ended as such")
     if as_of is None:
         store = snapshot_store(settings, simulated=simulated)
         staged, manifest, docs, warnings = take_in(names, store, settings)

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from registry import view
+from registry.at_work import AT_WORK, at_work
 from registry.calls import said
 from registry.card import model_card, summary
 from registry.client import Registry, VersionInfo
@@ -47,13 +48,16 @@ def retraining_run(
     in its description, lists the prompts left out because training and evaluation share them
     (``contamination.json``, by digests), keeps what routers are measured on
     (``evaluation_sets/<benchmark>.parquet``), and samples the machine while they are trained.
+    Where this process is killed, the next retraining ends the run (`registry.at_work`).
     """
     import mlflow
 
     label = f"{what} {manifest.digest[:12]}"
     with (
+        at_work(registry.settings) as name,
         said(registry.settings),
-        mlflow.start_run(run_name=label, log_system_metrics=True) as run,
+        # the tag comes with the run: killed at any later point, it is known whose it was
+        mlflow.start_run(run_name=label, log_system_metrics=True, tags={AT_WORK: name}) as run,
     ):
         tags = {
             "role": what,

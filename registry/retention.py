@@ -2,8 +2,9 @@
 
 A version stays while an alias points at it, while it is among the newest, and while the history
 speaks of it and is young. With a version that goes, its run, its model and its artifacts go; so do
-old runs of trials, and a retraining's own run once no run inside it is left. The history stays:
-its entries are versions of another registered model, and each holds its whole decision.
+old runs of trials, and a retraining's own run once no run inside it is left. A run that a killed
+process left RUNNING is ended. The history stays: its entries are versions of another registered
+model, and each holds its whole decision.
 
 Versions are removed as a move is made (`registry.moves`): an entry of the history says so first,
 and while it is not finished nobody moves an alias. So a version cannot be promoted while it is
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from registry import moves
+from registry.at_work import end_left
 from registry.calls import said
 from registry.client import Registry, VersionInfo
 from registry.history import Entry, replay
@@ -101,6 +103,13 @@ def carry_out(decided: Plan, registry: Registry, progress: Progress | None = Non
         (delete_model if one.what == "model" else delete_run)(registry, one.name)
         if progress:
             progress(done, len(works))
+    left = end_left(registry, now - timedelta(days=settings.retention.run_days))
+    if left:
+        told = "run was" if len(left) == 1 else "runs were"
+        registry.notices.append(
+            f"{len(left)} {told} still called running in MLflow, and nobody works on "
+            f"{'it' if len(left) == 1 else 'them'}: ended as killed"
+        )
     versions = registry.versions()
     forget_deleted(settings, {v.version for v in versions})
     named = _named_snapshots(registry, versions, now)

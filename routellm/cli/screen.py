@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from routellm.supervise import ANSWERS_WITHIN_S, Running, Supervisor
+from routellm.supervise import ANSWERS_WITHIN_S, Running, Supervisor, tls
 
 if TYPE_CHECKING:
     from flows.recent import FlowRun
@@ -87,7 +87,7 @@ class Screen:
         if gateway.state == "running":
             try:
                 url = f"{gateway.part.url}/readyz"
-                self.serving = httpx.get(url, timeout=ANSWERS_WITHIN_S).json()
+                self.serving = httpx.get(url, timeout=ANSWERS_WITHIN_S, verify=tls()).json()
             except (httpx.HTTPError, ValueError):
                 self.serving = {}
 

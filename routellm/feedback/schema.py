@@ -4,8 +4,8 @@ Numbered steps of plain SQL, all in one transaction that holds a lock, and a tab
 were taken. Alembic would do the same with more parts and less surely: it takes no lock, so two
 gateways that start together would both migrate, and without care SQLite leaves a step half done.
 
-A step only adds (a table, or a column with a default), so that a gateway of the version before can
-go on writing. A published step is never changed.
+A step only adds (a table, an index, or a column with a default), so that a gateway of the version
+before can go on writing. A published step is never changed.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ STEPS: tuple[tuple[str, ...], ...] = (
         )""",
         "CREATE INDEX feedback_duels_decision ON feedback_duels (decision_id)",
     ),
+    # the monitor reads the latest decisions, every few minutes
+    ("CREATE INDEX feedback_decisions_at ON feedback_decisions (at_us)",),
 )
 
 # taken steps; made outside of the steps, since it says which to take

@@ -124,7 +124,9 @@ class FeedbackStore:
         """Return the latest decision with this id or request id; without its user and prompt."""
         d = schema.decisions
         same = sa.or_(d.c.id == _id(quoted), d.c.request_id == _id(quoted))
-        query = sa.select(d).where(same).order_by(d.c.at_us.desc()).limit(1)
+        # `+ 0`: PostgreSQL without statistics would walk the index of time, all of it for an id
+        # that is not there
+        query = sa.select(d).where(same).order_by((d.c.at_us + 0).desc()).limit(1)
         with self._reading() as connection:
             row = connection.execute(query).mappings().first()
         if row is None:

@@ -130,7 +130,7 @@ class Lines:
         ).returncode:
             assert self.running[name].poll() is None, self.log(name)
             assert time.monotonic() < deadline, self.log(name)
-            time.sleep(2)
+            time.sleep(0.5)
 
     def down(self):
         """Stop everything as compose does; return by service how many seconds it took."""
@@ -208,6 +208,7 @@ def stack(tmp_path_factory, upstream):
         toml.write_text(
             f'sources = ["simulated://arena?battles=1000"]\n{text}\n'
             '[training]\nrouters = ["random", "knn"]\n'
+            "[evaluation]\nbootstrap = 100\ncontamination_similarity = 1.0\n"
             f'[embedding]\nprovider = "openai"\nbase_url = "{words}"\nmodel = "words"\n'
         )
         assert set(tomllib.loads(toml.read_text())["gateway"]) == {"strong", "weak"}

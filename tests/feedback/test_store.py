@@ -9,9 +9,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from routellm.errors import UsageError
 from routellm.feedback import schema
+from routellm.feedback.engine import engine_of, parse_url
 from routellm.feedback.errors import FeedbackError, FeedbackUnreachable
 from routellm.feedback.records import Decided, Dueled, Judged
 from routellm.feedback.store import FeedbackStore
@@ -171,8 +173,6 @@ def test_what_was_seen_changes_with_every_outcome(store):
 
 def test_a_store_of_a_later_schema_is_one_clear_sentence(store, url):
     store.open()
-    import sqlalchemy as sa
-
     engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
     with engine.begin() as connection:
         connection.exec_driver_sql("INSERT INTO feedback_schema VALUES (99, 0)")
@@ -186,15 +186,34 @@ def test_a_store_of_a_later_schema_is_one_clear_sentence(store, url):
 def test_an_older_store_is_brought_up_to_date_with_its_rows(url, monkeypatch):
     old = FeedbackStore(url)
     old.append([decided()])
+    steps = range(1, len(schema.STEPS) + 2)
     step = "ALTER TABLE feedback_duels ADD COLUMN seconds DOUBLE PRECISION DEFAULT 0"
     monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, (step,)))
     new = FeedbackStore(url)
     new.append([dueled()])
     assert new.find("chatcmpl-1").version == "3"
     assert rows(url, "feedback_duels")[0]["seconds"] == 0
-    assert [r["step"] for r in rows(url, "feedback_schema")] == [1, 2]
+    assert [r["step"] for r in rows(url, "feedback_schema")] == list(steps)
     old.append([dueled()])  # the gateway of before goes on writing
     assert old.count()["duels"] == 2
+
+
+def test_decisions_are_found_by_time_through_an_index_in_a_store_of_before_too(url, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(schema, "STEPS", schema.STEPS[:1])
+        FeedbackStore(url).append([decided()])
+    assert "at_us" not in indexed(url)
+    FeedbackStore(url).open()
+    assert "at_us" in indexed(url)
+    assert rows(url, "feedback_decisions")[0]["at_us"] == 1772366400123456
+
+
+def indexed(url):
+    """Return the columns of decisions that have an index."""
+    engine = engine_of(parse_url(url))
+    found = sa.inspect(engine).get_indexes("feedback_decisions")
+    engine.dispose()
+    return {name for one in found for name in one["column_names"]}
 
 
 def test_a_migration_that_fails_leaves_the_store_as_it_was(url, monkeypatch):

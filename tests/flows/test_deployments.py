@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import psutil
@@ -24,8 +25,9 @@ from routellm.routers.base import Pair
 from routellm.settings import Settings
 from routellm.snapshots import SnapshotStore
 from tests.conftest import HashEncoder
-from tests.support.prefect_server import client_of
-from tests.support.servers import Server, _get, free_port
+from tests.support.bare import bare_settings
+from tests.support.prefect_server import client_of, prefect_server
+from tests.support.servers import Server
 from tests.support.words_endpoint import words_endpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -56,6 +58,8 @@ wait_s = 8
 def place(tmp_path_factory):
     """A folder with settings, and an encoder; Prefect is configured before it is imported."""
     folder = tmp_path_factory.mktemp("place")
+    for home in ("home", "here"):  # MLflow would make two
+        bare_settings(folder / home)
     with words_endpoint() as url:
         (folder / "routellm.toml").write_text(TOML.format(source=SOURCE, url=url))
         configure(Settings(home=folder / "test"))
@@ -75,19 +79,12 @@ def environment(place, **more):
 
 
 @pytest.fixture(scope="module")
-def server(place):
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    (place / "server").mkdir()
-    running = Server(
-        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1",
-         "--port", str(port)],
-        ready=lambda: _get(f"{url}/api/health"), url=f"{url}/api", folder=place / "server",
-        environment=environment(
-            place, PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS="2"
-        ),
-    )  # fmt: skip
-    with running, client_of(running.url):
+def server(place, tmp_path_factory):
+    more = {"PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "2"}
+    with (
+        prefect_server(place / "server", tmp_path_factory, **more) as running,
+        client_of(running.url),
+    ):
         yield running
 
 
@@ -198,9 +195,9 @@ def chain(applied, server, client, place):
 
     with worker(place, server, "cpu"):
         send_event("routellm.inbox.arrived", "routellm.inbox", "inbox", {"count": 1})
-        (ingest,) = until(lambda: runs_of(client, "ingest"), "an ingest")
+        (ingest,) = until(lambda: runs_of(client, "ingest", deployment="ingest"), "an ingest")
         ingest = ended(client, ingest)
-        (retrain,) = until(lambda: runs_of(client, "retrain"), "a retraining")
+        (retrain,) = until(lambda: runs_of(client, "retrain", deployment="retrain"), "a retraining")
         until(lambda: client.read_flow_run(retrain.id).state.is_running(), "its start")
         more = [asked_for("retrain/retrain") for _ in range(3)]
         yield SimpleNamespace(
@@ -344,6 +341,53 @@ def test_an_ingest_that_another_one_overtook_is_done_anew(server, tmp_path, monk
     assert (staged.new, manifest.rows) == (180, 300)
 
 
+@pytest.fixture
+def alone(server, tmp_path, monkeypatch):
+    """A home of its own, for deployed flows that are run in this process."""
+    monkeypatch.setenv("ROUTELLM_HOME", str(tmp_path))
+    monkeypatch.setenv("ROUTELLM_SOURCES", "[]")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_every_ingest_asks_for_a_retraining_until_there_is_one(alone, monkeypatch):
+    from flows import deployed
+    from flows.wanted import EVENT, FIRST
+
+    sent, versions, source = [], [], ["simulated://arena?battles=300"]
+    monkeypatch.setattr(deployed, "send_event", lambda event, *told: sent.append((event, *told)))
+    monkeypatch.setattr(
+        deployed, "connect", lambda settings: SimpleNamespace(versions=lambda: versions)
+    )
+
+    def asked():
+        sent.clear()
+        deployed.ingest(source)
+        return [event for event, *_ in sent]
+
+    assert asked() == [deployed.INGESTED, EVENT]
+    assert asked() == [EVENT]  # nothing is new, and the retraining was killed
+    told = sent[0][-1]
+    assert (told["reason"], told["numbers"]["new_battles"]) == (FIRST, 0)
+    snapshot = told["numbers"]["snapshot"]
+    versions.append(SimpleNamespace(simulated=True, tags={"snapshot": snapshot}))
+    assert asked() == []
+    # and what was asked for twice is done once
+    late = deployed.retrain(source, because=FIRST, return_state=True)
+    assert late.message.startswith("another retraining came before: 0 fresh battles")
+
+
+def test_a_deployed_retraining_looks_back_to_a_moment_that_has_passed(alone, monkeypatch):
+    from flows import deployed
+
+    given = []
+    monkeypatch.setattr(deployed.loop.retrain, "fn", lambda *_, **more: given.append(more))
+    deployed.retrain(as_of="2026-01-19T12:00")  # though there is no source
+    assert given == [{"move_alias": True, "as_of": datetime(2026, 1, 19, 12, tzinfo=UTC)}]
+    for wrong, why in (("someday", "'someday' is no date: give"), ("2999-01-01", "is not over")):
+        with pytest.raises(UsageError, match=why):
+            deployed.retrain.fn(as_of=wrong)
+
+
 # --- the chain
 
 
@@ -386,6 +430,33 @@ def test_retrainings_never_overlap_and_those_that_wait_alike_become_one(chain):
     for run in chain.more:
         if run.state.is_cancelled():
             assert run.state.message == f"run {second.name} reads all that this one was to read"
+
+
+def test_a_version_is_shown_and_promoted_by_deployments_of_their_own(
+    chain, client, place, monkeypatch
+):
+    from flows.report import figures_table
+
+    registry = registry_at(place, monkeypatch)
+    (knn,) = [v for v in registry.versions() if v.kind == "knn"]
+    assert registry.champion() is None
+    names = ("evaluate/evaluate", "promote/promote")
+    runs = [ended(client, one) for one in [asked_for(n, version=knn.version) for n in names]]
+    assert all(run.state.is_completed() for run in runs)
+
+    (shown,) = artifacts(client, "evaluation")
+    assert shown.description == f"Version {knn.version} (knn)"
+    figures = registry.evaluations(knn)
+    assert json.loads(shown.data) == figures_table([("knn", knn.version, figures)])
+    metrics = registry.run_metrics(knn)
+    assert {f"{name}.apgr" for name in figures} <= metrics.keys()
+
+    assert registry.aliases() == {"champion": knn.version}
+    (entry,) = registry.history()
+    assert (entry.action, entry.from_, entry.to) == ("promote", None, knn.version)
+    assert entry.decision["outcome"] == "promote"
+    assert entry.applied
+    logged(client, runs[1], f"promote: {entry.reason}")
 
 
 def test_a_router_that_fails_loses_no_other_and_is_trained_by_the_command_that_is_named(

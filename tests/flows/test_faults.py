@@ -25,7 +25,7 @@ from flows.engine import configure
 from registry.database import make_database
 from routellm.settings import Settings
 from tests.support.databases import new_database, shared_postgres
-from tests.support.prefect_server import client_of
+from tests.support.prefect_server import client_of, prefect_server
 from tests.support.retrained import result
 from tests.support.retrainings import retrainings
 from tests.support.s3_proxy import s3_proxy
@@ -45,21 +45,15 @@ STEP = re.compile(r"^(✓ .*?) +[\d.]+ s$", re.MULTILINE)
 def place(tmp_path_factory):
     """A Prefect server, an encoder, and what retrainings are forked from."""
     folder = tmp_path_factory.mktemp("faults")
-    (folder / "server").mkdir()
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    plain = {k: v for k, v in os.environ.items() if not k.startswith(("ROUTELLM_", "PREFECT_"))}
-    common = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
-              "OMP_NUM_THREADS": "1"}  # fmt: skip
-    server = Server(
-        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1",
-         "--port", str(port)],
-        ready=lambda: _get(f"{url}/api/health"), url=url, folder=folder / "server",
-        environment=plain | common | {"PREFECT_HOME": str(folder / "server")},
-    )  # fmt: skip
-    with server, words_endpoint() as words:
-        settings = common | {
-            "PREFECT_API_URL": f"{url}/api",
+    with (
+        prefect_server(folder / "server", tmp_path_factory) as server,
+        words_endpoint() as words,
+    ):
+        settings = {
+            "PREFECT_API_URL": server.url,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "1",
+            "OMP_NUM_THREADS": "1",
             "COLUMNS": "500",
             "ROUTELLM_EMBEDDING__PROVIDER": "openai",
             "ROUTELLM_EMBEDDING__BASE_URL": words,
@@ -69,7 +63,7 @@ def place(tmp_path_factory):
             "ROUTELLM_PROMOTION__LEASE_S": "2",
         }
         with retrainings(folder / "forked", settings) as many:
-            yield folder, many, words, f"{url}/api"
+            yield folder, many, words, server.url
 
 
 @pytest.fixture

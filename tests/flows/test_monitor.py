@@ -22,8 +22,7 @@ from tests.conftest import REPOSITORY
 from tests.feedback.records import decided
 from tests.gateway.test_gateway import wait_for
 from tests.support.bare import bare_registry, promote
-from tests.support.prefect_server import client_of
-from tests.support.servers import Server, _get, free_port
+from tests.support.prefect_server import client_of, prefect_server
 from tests.support.versions import add_version
 from tests.unit.test_retention import age
 
@@ -35,19 +34,10 @@ def server(tmp_path_factory):
     """A Prefect server; Prefect is configured before it is imported."""
     folder = tmp_path_factory.mktemp("server")
     configure(Settings(home=folder / "home"))
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    running = Server(
-        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1",
-         "--port", str(port)],
-        ready=lambda: _get(f"{url}/api/health"), url=f"{url}/api", folder=folder,
-        environment={
-            **{k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")},
-            "PREFECT_HOME": str(folder / "prefect"),
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        },
-    )  # fmt: skip
-    with running, client_of(running.url):
+    with (
+        prefect_server(folder / "prefect", tmp_path_factory) as running,
+        client_of(running.url),
+    ):
         yield running
 
 

@@ -41,14 +41,17 @@ class Retrained:
 def result(settings: Settings, *, simulated: bool = True) -> Retrained:
     """Return what was retrained, having made sure that nothing is left half-done.
 
-    Every version is whole, and there is one of each kind; every battle is there once; the history
-    is one chain of finished moves that ends at the champion.
+    Every version is whole, and there is one of each kind; no run is called running; every battle is
+    there once; the history is one chain of finished moves that ends at the champion.
     """
     registry = connect(settings)
     versions = registry.versions()
     assert half_registered(registry) == []
     kinds = {v.kind: v for v in versions}
     assert len(kinds) == len(versions), [v.kind for v in versions]
+    experiment = registry.client.get_experiment_by_name(settings.experiment)
+    running = "attributes.status = 'RUNNING'"
+    assert list(registry.client.search_runs([experiment.experiment_id], running)) == []
 
     store = snapshot_store(settings, simulated=simulated)
     newest = store.latest()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import psutil
 import pytest
 
 from routellm.errors import UsageError
-from routellm.supervise import Part, Supervisor, end_leftovers, ends_within, recorded
+from routellm.supervise import Part, Supervisor, answers, end_leftovers, ends_within, recorded
 from tests.support.servers import free_port
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")
@@ -166,3 +167,10 @@ def test_a_process_that_nobody_asks_after_has_ended():
         assert not ends_within(psutil.Process(), 0.1)
     finally:
         child.wait()
+
+
+def test_certificates_are_not_read_anew_for_each_look_at_an_address(monkeypatch):
+    nobody = f"http://127.0.0.1:{free_port()}/"
+    assert not answers(nobody)
+    monkeypatch.setattr(ssl, "create_default_context", None)
+    assert not answers(nobody)
