@@ -512,7 +512,7 @@ class ScorerSettings(_Group):
     )
     max_length: int = Field(192, ge=16, description="tokens read of a prompt and its answers")
     batch_size: int = Field(16, ge=1, description="texts in a step")
-    learning_rate: float = Field(5e-5, gt=0, description="highest of a training")
+    learning_rate: float = Field(3e-4, gt=0, description="highest of a training")
     epochs: int = Field(2, ge=1, description="most passes over the examples")
     trained_layers: int = Field(
         2, ge=1, description="of the encoder's last layers; what is below stays as it is"

@@ -6,6 +6,8 @@ of n) scores each answer by itself. Both pay for every answer, also those that a
 
 from __future__ import annotations
 
+import itertools
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -20,6 +22,8 @@ from routellm.policies.hull import worth_asking
 from routellm.policies.policy import Point, Policy
 from routellm.policies.recorded import Recorded
 from routellm.settings import ScorerSettings
+
+_FEW = 5
 
 
 def asked_together(
@@ -43,36 +47,68 @@ def asked_together(
     )
 
 
-@dataclass
-class BestOfN(Policy):
-    """Asks the n cheapest models, and keeps the answer with the highest score; n from 1 to all.
+def together(models: int) -> list[tuple[int, ...]]:
+    """Return which of some models, by price, are asked together: every choice, all of them last.
 
-    Of the models that are worth asking by themselves in training, as `LLMBlender`.
+    Of more than `_FEW` models the n cheapest, n from 1 to all: their choices are too many.
+
+    >>> together(3)
+    [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
+    """
+    columns = range(models)
+    if models > _FEW:
+        return [tuple(columns[:n]) for n in range(1, models + 1)]
+    return [some for n in range(1, models + 1) for some in itertools.combinations(columns, n)]
+
+
+@dataclass
+class AskSeveral(Policy):
+    """Asks several models side by side and keeps one answer; its settings are who is asked.
+
+    Of the models that are worth asking by themselves in training.
     """
 
     reads_answers: ClassVar[bool] = True
-    score: AnswerScore
     models: tuple[str, ...] = field(default=(), init=False)
 
     def fit(self, table: Recorded, held: Recorded) -> None:
         self.models = worth_asking(table)
-        self.score.fit(table.of(self.models))
+        self.learn(table.of(self.models))
         self.trained_on = frozenset(table.ids + held.ids)
 
+    @abstractmethod
+    def learn(self, table: Recorded) -> None:
+        """Learn to choose between the answers of a table's models."""
+
+    def figures(self, points: Sequence[Point], table: Recorded, weight: Floats) -> dict[str, float]:
+        """Return ``all_gain``: how much better than the best model the choice among all is."""
+        gain = points[-1].quality - table.quality[:, table.best()]
+        return {"all_gain": float(weight @ gain / weight.sum())}
+
+
+@dataclass
+class BestOfN(AskSeveral):
+    """Keeps the answer with the highest score."""
+
+    score: AnswerScore
+
+    def learn(self, table: Recorded) -> None:
+        self.score.fit(table)
+
     def answer(self, table: Recorded) -> Sequence[Point]:
-        table, columns = table.of(self.models), range(len(self.models))
+        table = table.of(self.models)
         scores, usd = self.score.scores(table), self.score.usd(table)
         out = []
-        for n in range(1, len(columns) + 1):
-            some = np.array(columns[:n])
+        for asked in together(len(self.models)):
+            some = np.array(asked)
             kept = some[scores[:, some].argmax(axis=1)]
-            looked = n > 1  # one answer is not chosen from
-            seconds = looked * n * self.score.settings.seconds
+            looked = len(some) > 1  # one answer is not chosen from
             out.append(
                 asked_together(
-                    table, some.tolist(), kept, looked * usd[:, some].sum(axis=1), seconds
+                    table, asked, kept, looked * usd[:, some].sum(axis=1),
+                    looked * len(some) * self.score.settings.seconds,
                 )
-            )
+            )  # fmt: skip
         return out
 
 
@@ -120,41 +156,40 @@ def _texts(table: Recorded, i: int, a: int, b: int) -> Parts:
 
 
 @dataclass
-class LLMBlender(Policy):
-    """Asks the n cheapest models, and keeps the answer that PairRanker puts first; no fusing.
+class LLMBlender(AskSeveral):
+    """Keeps the answer that PairRanker puts first; nothing is fused.
 
     The winner so far meets the next answer (section 3.3, the paper's single bubble sort): n - 1
     comparisons a query instead of all pairs.
     """
 
-    reads_answers: ClassVar[bool] = True
     ranker: PairRanker
-    models: tuple[str, ...] = field(default=(), init=False)
     _known: dict[tuple[str, ...], Sequence[Point]] = field(default_factory=dict, init=False)
 
-    def fit(self, table: Recorded, held: Recorded) -> None:
-        self.models = worth_asking(table)
-        self.ranker.fit(table.of(self.models))
-        self.trained_on = frozenset(table.ids + held.ids)
+    def learn(self, table: Recorded) -> None:
+        self.ranker.fit(table)
         self._known = {}
 
     def answer(self, table: Recorded) -> Sequence[Point]:
         if table.ids not in self._known:
-            self._known[table.ids] = self._answer(table)
+            self._known[table.ids] = self._answer(table.of(self.models))
         return self._known[table.ids]
 
     def _answer(self, table: Recorded) -> Sequence[Point]:
-        table, columns = table.of(self.models), range(len(self.models))
-        o = self.ranker.settings
-        kept = np.full(len(table), columns[0])
-        usd, seconds, rows = np.zeros(len(table)), 0.0, np.arange(len(table))
-        out = [asked_together(table, columns[:1], kept, usd, seconds)]
-        for n, column in enumerate(columns[1:], start=2):
-            new = np.full(len(table), column)
-            read = table.read_tokens + table.written_tokens[rows, kept]
-            read = np.minimum(read + table.written_tokens[:, column], o.max_length)
-            usd = usd + 2 * read * o.usd_per_million / 1e6  # in both orders, side by side
-            seconds += o.seconds
-            kept = np.where(self.ranker.better(table, kept, new) >= 0.5, kept, new)
-            out.append(asked_together(table, columns[:n], kept, usd, seconds))
+        n, m, o = len(table), len(self.models), self.ranker.settings
+        rows = np.arange(n)
+        wins, read = np.zeros((n, m, m), dtype=bool), np.zeros((n, m, m))
+        for a, b in itertools.combinations(range(m), 2):
+            better = self.ranker.better(table, np.full(n, a), np.full(n, b)) >= 0.5
+            wins[:, a, b], wins[:, b, a] = better, ~better
+            both = table.read_tokens + table.written_tokens[:, a] + table.written_tokens[:, b]
+            read[:, a, b] = read[:, b, a] = np.minimum(both, o.max_length)
+        out = []
+        for asked in together(m):
+            kept, usd = np.full(n, asked[0]), np.zeros(n)
+            for column in asked[1:]:
+                # in both orders, side by side
+                usd = usd + 2 * read[rows, kept, column] * o.usd_per_million / 1e6
+                kept = np.where(wins[rows, kept, column], kept, column)
+            out.append(asked_together(table, asked, kept, usd, (len(asked) - 1) * o.seconds))
         return out

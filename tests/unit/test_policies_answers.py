@@ -21,7 +21,7 @@ from routellm.policies.hybrid import (
     neighbours,
     slack,
 )
-from routellm.policies.several import BestOfN, LLMBlender, PairRanker
+from routellm.policies.several import BestOfN, LLMBlender, PairRanker, together
 from routellm.routers.base import Pair
 from routellm.routers.encoder_head import shares
 from routellm.settings import Price, ScorerSettings, Settings
@@ -239,10 +239,13 @@ def test_a_judge_that_errs_more_is_worth_less_and_says_it_is_simulated(split):
 
 def test_the_best_of_several_is_found_and_every_answer_paid(split, scorer):
     found = measured(BestOfN("best of n", AnswerScore(scorer)), split)
-    assert len(found.points) == 3
+    assert len(found.points) == 7  # every choice of three models
     assert found.points[-1, 1] > 0.97
     usd = split.measure.usd.sum(axis=1).mean() * 1000
     assert found.points[-1, 0] == pytest.approx(usd)
+    assert together(2) == [(0,), (1,), (0, 1)]
+    assert together(7)[2] == (0, 1, 2)
+    assert len(together(7)) == 7
 
 
 def test_a_ranker_learns_which_of_two_answers_is_better_wherever_it_stands(split, scorer):
@@ -253,6 +256,8 @@ def test_a_ranker_learns_which_of_two_answers_is_better_wherever_it_stands(split
     a, b = np.zeros(len(table), dtype=np.int64), np.full(len(table), 2)
     forth, back = policy.ranker.better(table, a, b), policy.ranker.better(table, b, a)
     assert forth == pytest.approx(1.0 - back)
+    assert found.figures["all_gain"].value == pytest.approx(found.points[-1, 1] - 1.0)
+    assert found.figures["all_gain"].value <= 0  # big is always right here
     last = policy.answer(table)[-1]
     assert last.calls.tolist() == [3.0] * len(table)
     assert last.latency_s == pytest.approx(table.latency_s.max(axis=1) + 2 * 0.5)
