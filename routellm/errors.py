@@ -73,7 +73,9 @@ class TrainingError(RouteLLMError):
 
 
 class JudgeError(RouteLLMError):
-    """The judge's endpoint or its cache cannot be used, or the run stopped before its end."""
+    """An endpoint that is asked (a judge, a verifier, a fuser) or its cache cannot be used, or the
+    run stopped before its end.
+    """
 
 
 class BundleError(RouteLLMError):

@@ -110,8 +110,11 @@ def _measured(policy: Policy, split: Split, drawn: NDArray[np.int64]) -> Measure
         "saving_100": over(lambda w: own.saving(w, 1.0)),
         "saving_95": over(lambda w: own.saving(w, 0.95)),
     }
-    for name in policy.figures(points, table, once):
-        figures[name] = over(lambda w, name=name: policy.figures(points, table, w)[name])  # type: ignore[misc]
+    own_figures = policy.figures(points, table, once)
+    if own_figures:
+        resampled = [policy.figures(points, table, weight) for weight in counts]
+        for name, value in own_figures.items():
+            figures[name] = _interval(value, np.array([one[name] for one in resampled]))
     return Measured(
         policy.name,
         table.name,
@@ -148,15 +151,12 @@ class _Means:
     quality : ndarray (n, k)
     low, high : float
         Dollars of the cheapest and the dearest model.
-    best : int
-        Column of the model that is best on the table.
     """
 
     usd: Floats
     quality: Floats
     low: float
     high: float
-    best: int
 
     @classmethod
     def of(cls, points: Sequence[Point], table: Recorded) -> _Means:
@@ -172,7 +172,6 @@ class _Means:
             np.column_stack([*quality, table.quality[:, best]]),
             float(columns.min()),
             float(columns.max()),
-            best,
         )
 
     def aiq(self, weight: Floats) -> float:

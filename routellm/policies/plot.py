@@ -50,9 +50,12 @@ def plot_policies(measured: Sequence[Measured], table: Recorded) -> Figure:
         axes.plot(one.usd_per_1000.value, one.quality.value, "o", color=colour, ms=4)
     usd, quality = table.usd.mean(axis=0) * 1000.0, table.quality.mean(axis=0)
     axes.plot(usd, quality, "x", color="black", ms=6)
-    for model, x, y in zip(table.models, usd, quality, strict=True):
-        axes.annotate(model, (x, y), (4, -9), textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
+    middle = np.sqrt(usd.min() * usd.max())
+    for model, x, y in zip(table.models, usd, quality, strict=True):
+        # dear models stand at the edge, beside the legend: their names go to the left
+        side, right = ("right", -4) if x > middle else ("left", 4)
+        axes.annotate(model, (x, y), (right, -9), textcoords="offset points", fontsize=7, ha=side)
     axes.set_xlabel("dollars per 1,000 queries (log scale)")
     axes.set_ylabel(f"quality (mean score of {len(table):,} prompts)")
     axes.set_title(
