@@ -5,6 +5,7 @@ nothing of them. One thread makes them (which takes longer than the rest of the 
 request) and another sends them, each out of a queue that has an end. A caller's W3C
 ``traceparent`` makes the request a part of its trace, and its sampling flag is kept. What is not
 set here can be by OpenTelemetry's own variables: ``OTEL_EXPORTER_OTLP_HEADERS``,
+``OTEL_EXPORTER_OTLP_TIMEOUT`` (seconds for a batch, tries included; 10 if not set),
 ``OTEL_TRACES_SAMPLER``, ``OTEL_SERVICE_NAME`` and the like.
 """
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("routellm.gateway")
 
 _PATH = "/v1/traces"  # OTLP/HTTP's own
-_TIMEOUT_S = 5.0  # for sending a batch, tries included
 _LAST_S = 5.0  # for what is not sent yet when the gateway stops
 _WAITING = 2048  # requests that may wait to become spans; then new ones are left out
 _UNSENT = 8192  # spans that may wait to be sent; then the oldest go
@@ -97,7 +97,7 @@ class Traces:
                 "pip install 'routellm-mlops[otlp]'"
             ) from error
         whole = endpoint if at.path.strip("/") else endpoint.rstrip("/") + _PATH
-        return cls(OTLPSpanExporter(endpoint=whole, timeout=_TIMEOUT_S))
+        return cls(OTLPSpanExporter(endpoint=whole))
 
     def stop(self) -> None:
         """Send what waits, for a moment."""
