@@ -8,26 +8,22 @@ predictions that a fresh copy must reproduce before it serves.
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from routellm.calibration import Calibration, Platt, check_share
 from routellm.embeddings import Encoder, get_encoder
 from routellm.errors import BundleError, UsageError
 from routellm.evaluation.metrics import Curve
+from routellm.model_folder import read_model, write_model
 from routellm.routers.base import Pair, Router, make_router, router_class
 from routellm.settings import EmbeddingSettings
-from routellm.snapshots import file_sha256, write_atomic
 
-_FILES = ("weights.safetensors", "router.json")
+_DOCUMENT = "router.json"
 
 
 @dataclass(frozen=True)
@@ -137,43 +133,23 @@ def save_bundle(bundle: Bundle, directory: Path) -> None:
 
     An existing bundle there is replaced.
     """
-    from safetensors.numpy import save_file
-
-    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
-    try:
-        arrays, doc = bundle.router.state()
-        save_file(
-            {k: np.ascontiguousarray(v) for k, v in arrays.items()},
-            temporary / "weights.safetensors",
-        )
-        document: dict[str, Any] = {
-            "kind": bundle.kind,
-            "pair": asdict(bundle.pair),
-            "options": bundle.router.options.model_dump(mode="json"),
-            "state": doc,
-            "platt": asdict(bundle.router.platt),
-            "encoder": bundle.router.encoder.identity,
-            "embedding": bundle.embedding.model_dump(exclude={"api_key"}),
-            "calibration": asdict(bundle.calibration),
-            "golden": bundle.golden,
-            "snapshot": bundle.snapshot,
-            "simulated": bundle.simulated,
-            "code_version": bundle.code_version,
-            "curve": None if bundle.curve is None else asdict(bundle.curve),
-        }
-        write_atomic(temporary / "router.json", json.dumps(document, indent=1, sort_keys=True))
-        sums = {name: file_sha256(temporary / name) for name in _FILES}
-        write_atomic(temporary / "digests.json", json.dumps(sums, indent=1))
-        if directory.exists():
-            old = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.old")
-            directory.rename(old)
-            temporary.rename(directory)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    arrays, doc = bundle.router.state()
+    document: dict[str, Any] = {
+        "kind": bundle.kind,
+        "pair": asdict(bundle.pair),
+        "options": bundle.router.options.model_dump(mode="json"),
+        "state": doc,
+        "platt": asdict(bundle.router.platt),
+        "encoder": bundle.router.encoder.identity,
+        "embedding": bundle.embedding.model_dump(exclude={"api_key"}),
+        "calibration": asdict(bundle.calibration),
+        "golden": bundle.golden,
+        "snapshot": bundle.snapshot,
+        "simulated": bundle.simulated,
+        "code_version": bundle.code_version,
+        "curve": None if bundle.curve is None else asdict(bundle.curve),
+    }
+    write_model(directory, arrays, document, _DOCUMENT)
 
 
 def load_bundle(
@@ -191,18 +167,9 @@ def load_bundle(
     BundleError
         If a file is missing, damaged, or was made with another encoder than is at hand.
     """
-    from safetensors.numpy import load_file
-
+    again = "load another version or register the router again"
     try:
-        sums = json.loads((directory / "digests.json").read_text())
-        for name in _FILES:
-            if file_sha256(directory / name) != sums[name]:
-                raise BundleError(
-                    f"{directory / name} is not what was saved (SHA-256 differs): the copy is "
-                    "damaged; load another version or register the router again"
-                )
-        doc = json.loads((directory / "router.json").read_text())
-        arrays: dict[str, NDArray[Any]] = load_file(directory / "weights.safetensors")
+        arrays, doc = read_model(directory, _DOCUMENT, again=again)
         embedding = EmbeddingSettings(**doc["embedding"])
         encoder = encoder or get_encoder(embedding, cache_path)
         if router_class(doc["kind"]).reads_embeddings and encoder.identity != doc["encoder"]:
@@ -228,8 +195,7 @@ def load_bundle(
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(
-            f"no whole router in {directory} ({type(error).__name__}: {error}): load another "
-            "version or register the router again"
+            f"no whole router in {directory} ({type(error).__name__}: {error}): {again}"
         ) from error
 
 

@@ -330,6 +330,38 @@ class FeedbackSettings(_Group):
     )
 
 
+class CascadeSettings(_Group):
+    """The policy `cascade` (FrugalGPT): a trained scorer reads the weak model's answer."""
+
+    scorer: Path | None = Field(
+        None,
+        description="folder of the scorer, as `routellm policies` writes it; without one there is "
+        "no such policy",
+    )
+    threshold: float = Field(
+        0.5, ge=0, le=1, description="score below which the strong model is asked"
+    )
+    timeout_s: float = Field(2.0, gt=0, description="seconds for a score; then `fallback` holds")
+
+
+class AutoMixSettings(_Group):
+    """The policy `automix`: the weak model checks its own answer."""
+
+    samples: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="times that it is asked whether its answer is right (paper: 8); 0: no such "
+        "policy",
+    )
+    temperature: float = Field(1.0, ge=0, le=2, description="temperature of that question")
+    max_output_tokens: int = Field(256, ge=16, description="longest reply to it")
+    threshold: float = Field(
+        0.5, ge=0, le=1, description="share of yes below which the strong model is asked"
+    )
+    timeout_s: float = Field(30.0, gt=0, description="seconds for all; then `fallback` holds")
+
+
 class GatewaySettings(_Group):
     """The OpenAI-compatible gateway."""
 
@@ -398,6 +430,8 @@ class GatewaySettings(_Group):
     routing_timeout_s: float = Field(
         2.0, gt=0, description="seconds for a decision; then `fallback` answers"
     )
+    cascade: CascadeSettings = CascadeSettings()
+    automix: AutoMixSettings = AutoMixSettings()
     timeout_s: float = Field(600.0, gt=0, description="seconds to wait for an upstream")
     connect_timeout_s: float = Field(5.0, gt=0, description="seconds to connect to an upstream")
     retries: int = Field(

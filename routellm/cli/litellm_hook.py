@@ -20,6 +20,7 @@ from typing import Any
 
 from routellm.cli.context import load_settings
 from routellm.cli.serving import sources
+from routellm.errors import GatewayError
 from routellm.gateway.decide import Routed
 from routellm.gateway.endpoints import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 from routellm.gateway.gateway import Gateway
@@ -64,6 +65,11 @@ class RouterHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is an extra: no
             return data
         try:
             routed = await self.gateway.decide(endpoint, data, _headers(data), Caller())
+            if routed.policy:
+                raise GatewayError(
+                    f"the policy {routed.policy} asks twice, and here LiteLLM asks once: only "
+                    "`routellm serve` has it"
+                )
         except Exception as error:
             log.error("a request through LiteLLM was not routed: %s", type(error).__name__)
             route = self.gateway.settings.fallback

@@ -25,7 +25,9 @@ POLICIES = "Example: routellm policies --data ../shared/data --out report/"
 
 def policies(
     data: Annotated[Path, typer.Option(help="Folder of recorded tables.")],
-    to: Annotated[Path, typer.Option("--out", help="Folder for the table and the figures.")],
+    to: Annotated[
+        Path, typer.Option("--out", help="Folder for the table, the figures and the scorers.")
+    ],
     tables: Annotated[str | None, typer.Option(help="Tables by commas; by default all.")] = None,
     only: Annotated[
         list[str] | None,
@@ -39,6 +41,7 @@ def policies(
     from registry.policies import log_policies
     from routellm.embeddings import get_encoder
     from routellm.policies import answerable, fitted, load_recorded, measure
+    from routellm.policies.cascade import FrugalGPT
     from routellm.policies.claims import check
     from routellm.policies.claims import markdown as claims_markdown
     from routellm.policies.plot import plot_policies
@@ -67,6 +70,8 @@ def policies(
                 continue  # the table says so below
             with out.status(f"{name}: {policy.name}"):
                 fitted(policy, split.train, split.held)
+                if isinstance(policy, FrugalGPT):
+                    policy.score.save(to / f"scorer-{name}")
                 rng = np.random.default_rng(settings.training.seed)  # the same resamples for all
                 measured += measure(
                     [policy], split, resamples=settings.evaluation.bootstrap, rng=rng
@@ -83,7 +88,9 @@ def policies(
         out.print(_table(split.measure, found))
     if checked:
         out.print(_claims(checked))
-    out.print(f"  [dim]written[/]  {to / 'policies.md'}, pareto-TABLE.png; runs in MLflow")
+    out.print(
+        f"  [dim]written[/]  {to / 'policies.md'}, pareto-TABLE.png, scorer-TABLE; runs in MLflow"
+    )
 
 
 def all_policies(encoder: Encoder, settings: Settings) -> list[Policy]:

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from routellm import __version__
 from routellm.errors import GatewayError
 from routellm.gateway.body import Body
+from routellm.gateway.cascade import Cascade
 from routellm.gateway.endpoints import CHAT, ENDPOINTS, Endpoint
 from routellm.gateway.exchange import Observer
 from routellm.gateway.feedback import Feedback, FeedbackParts
@@ -69,8 +70,8 @@ def create_app(
     Raises
     ------
     UsageError
-        If an upstream is not set, a challenger is wanted and has no source, or traces cannot be
-        sent.
+        If an upstream is not set, a challenger is wanted and has no source, traces cannot be sent,
+        or a scorer cannot be read.
     """
     gateway = Gateway(settings, source, home, challenger, money)
     upstreams = Upstreams(settings, gateway.metrics)
@@ -85,7 +86,8 @@ def create_app(
     if feedback is not None:
         takes = Feedback(feedback, upstreams, gateway.metrics, gateway.money)
         told.append(takes.seen)
-    proxy = Proxy(gateway, upstreams, keys, limits, told, takes)
+    cascade = Cascade(settings, upstreams, gateway.money)
+    proxy = Proxy(gateway, upstreams, keys, limits, told, cascade, takes)
     nudge = Nudge(home / "gateway" / "nudged", settings.nudge_secret, keys)
     gateway.follower.hear(nudge.given, settings.nudge_jitter_s)
     if gateway.challenger is not None:
@@ -100,6 +102,7 @@ def create_app(
         yield
         if takes is not None:
             await takes.end()
+        await asyncio.to_thread(cascade.close)
         await upstreams.close()
         limits.close()
         await asyncio.to_thread(gateway.stop)

@@ -51,6 +51,8 @@ class Routed:
     kind: str = ""
     win_rate: float | None = None
     threshold: float | None = None
+    policy: str = ""  # that may ask twice, if the request asked for one
+    confidence: float | None = None  # in the weak model's answer, as that policy found it
     canary: bool = False  # whether a challenger decided
     named: bool = False  # whether the request named the model: no other may answer
     probability: float = 1.0  # with which this version was the one to decide, beside a canary
@@ -70,6 +72,10 @@ class Routed:
             out["x-routellm-win-rate"] = f"{self.win_rate:.4f}"
         if self.threshold is not None:
             out["x-routellm-threshold"] = f"{self.threshold:.4f}"
+        if self.policy:
+            out["x-routellm-policy"] = self.policy
+        if self.confidence is not None:
+            out["x-routellm-confidence"] = f"{self.confidence:.4f}"
         if self.canary:
             out["x-routellm-canary"] = "true"
         return out

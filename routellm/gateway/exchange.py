@@ -12,6 +12,24 @@ from routellm.gateway.keys import Caller
 from routellm.gateway.usage import Usage
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call that an answer took beside the one that gave it.
+
+    Attributes
+    ----------
+    route, model : str
+        Who was asked.
+    usd : float or None
+        None where a price is not set.
+    """
+
+    route: str
+    model: str
+    usage: Usage
+    usd: float | None
+
+
 @dataclass
 class Exchange:
     """What is known of a request; filled in as it goes on.
@@ -43,8 +61,11 @@ class Exchange:
     routing_s, upstream_s, total_s : float
         Of the decision, of the upstream until its last byte, of all.
     usage : Usage
+        Of the call that gave the answer.
+    also : list of Call
+        The other calls that it took, where a policy asks more than once.
     usd, saved_usd : float or None
-        Of the answer, and less than strong's; None where a price is not set.
+        Of all calls, and less than strong's answer; None where a price is not set.
     broken : str
         Why the answer ended before its end, or "": the client left, or the upstream broke off.
     """
@@ -67,10 +88,21 @@ class Exchange:
     upstream_s: float = 0.0
     total_s: float = 0.0
     usage: Usage = field(default_factory=Usage)
+    also: list[Call] = field(default_factory=list)
     usd: float | None = None
     saved_usd: float | None = None
     broken: str = ""
     began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def also_usd(self) -> float | None:
+        """Dollars of the other calls; None where a price is not set."""
+        total = 0.0
+        for call in self.also:
+            if call.usd is None:
+                return None
+            total += call.usd
+        return total
 
 
 Observer = Callable[[Exchange], None]

@@ -10,6 +10,7 @@ from typing import Any
 
 from routellm.embeddings.memory import Encoders
 from routellm.errors import GatewayError, UsageError
+from routellm.gateway.cascade import asked_first
 from routellm.gateway.challenger import Challenger
 from routellm.gateway.decide import Routed, Scored, user_of
 from routellm.gateway.endpoints import Endpoint, scored_text
@@ -20,7 +21,7 @@ from routellm.gateway.money import Money
 from routellm.gateway.pacer import Pacers
 from routellm.gateway.scoring import Scorer
 from routellm.gateway.source import RouterSource
-from routellm.gateway.targets import QueryPrices, Target, target_of
+from routellm.gateway.targets import QueryPrices, Target, policy_of, target_of
 from routellm.settings import GatewaySettings, Upstream
 
 log = logging.getLogger("routellm.gateway")
@@ -176,6 +177,8 @@ class Gateway:
                 status=404,
                 code="model_not_found",
             )
+        if policy := policy_of(fields, headers):
+            return asked_first(policy, self.settings, endpoint, fields, target)
         turns = endpoint.turns(fields)
         earlier = fields.get("previous_response_id")
         if isinstance(earlier, str):  # only who gave that answer has it
@@ -276,7 +279,7 @@ class Gateway:
             by.bundle.kind,
             scored.win_rate,
             scored.threshold,
-            canary,
+            canary=canary,
             probability=probability,
             prompt=prompt,
             pair=by.bundle.pair,

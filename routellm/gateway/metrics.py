@@ -11,6 +11,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from routellm.gateway.decide import Scored
 from routellm.gateway.exchange import Exchange
 from routellm.gateway.source import VersionRef
+from routellm.gateway.usage import Usage
 
 _SECONDS = (
     0.0005,
@@ -57,6 +58,9 @@ class Metrics:
         )
         self.spent = self._counter("routellm_spent_usd", "Dollars spent", "route")
         self.saved = self._counter("routellm_saved_usd", "Dollars that strong would have cost more")
+        self.policies = self._counter(
+            "routellm_policy_answers", "Answers by policies that may ask twice", "policy", "route"
+        )
         self.judged = self._counter("routellm_judgements", "Judgements of answers", "kind")
         self.duels = self._counter("routellm_duels", "Both models' answers judged", "winner")
         self.broken = self._counter(
@@ -125,18 +129,24 @@ class Metrics:
             self.routing.observe(one.routing_s)
         if one.route:
             self.upstream.labels(one.route).observe(one.upstream_s)
-        for direction, count in (
-            ("input", one.usage.input_tokens),
-            ("output", one.usage.output_tokens),
-        ):
-            if count:
-                self.tokens.labels(one.route, direction).inc(count)
+        self._used(one.route, one.usage)
+        for call in one.also:
+            self._used(call.route, call.usage)
+            if call.usd is not None:
+                self.spent.labels(call.route).inc(call.usd)
         if one.usd is not None:
-            self.spent.labels(one.route).inc(one.usd)
+            self.spent.labels(one.route).inc(max(0.0, one.usd - (one.also_usd or 0.0)))
+        if one.routed is not None and one.routed.policy and 200 <= one.status < 300:
+            self.policies.labels(one.routed.policy, one.route).inc()
         if one.saved_usd is not None and one.saved_usd > 0:
             self.saved.inc(one.saved_usd)
         if one.broken:
             self.broken.labels(one.broken).inc()
+
+    def _used(self, route: str, usage: Usage) -> None:
+        for direction, count in (("input", usage.input_tokens), ("output", usage.output_tokens)):
+            if count:
+                self.tokens.labels(route, direction).inc(count)
 
     def failed(self, ref: VersionRef, mode: str) -> None:
         self._failures.labels(ref.version, mode).inc()

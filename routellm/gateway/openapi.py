@@ -82,6 +82,7 @@ def request_of(path: str) -> dict[str, Any]:
                 "strong_fraction": _SHARE,
                 "quality": _SHARE,
                 "max_usd": {"type": "number", "minimum": 0},
+                "policy": {"enum": ["cascade", "automix"]},
             },
         },
         "stream": {"type": "boolean"},

@@ -18,6 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from routellm.errors import GatewayError
 from routellm.gateway.body import Body
+from routellm.gateway.cascade import Cascade
 from routellm.gateway.decide import Routed, user_of
 from routellm.gateway.endpoints import Endpoint
 from routellm.gateway.exchange import Exchange, Observer
@@ -60,8 +61,10 @@ class Proxy:
         keys: Keys,
         limits: Limits,
         observers: Sequence[Observer],
+        cascade: Cascade,
         feedback: Feedback | None = None,
     ) -> None:
+        self.cascade = cascade
         self.feedback = feedback
         self.gateway = gateway
         self.upstreams = upstreams
@@ -129,21 +132,14 @@ class Proxy:
             began = time.perf_counter()
             try:
                 answer = await _unless(
-                    left,
-                    self.upstreams.send(
-                        routed.route,
-                        routed.model,
-                        endpoint,
-                        body,
-                        request.headers.raw,
-                        may_stand_in=self.gateway.settings.stand_in and not routed.named,
-                    ),
+                    left, self._sent(exchange, endpoint, body, request.headers.raw)
                 )
             except UpstreamFailed as failed:
-                exchange.route = routed.route
+                decided = exchange.routed
+                exchange.route = decided.route
                 if failed.response is None:
                     raise
-                answer = Answer(routed.route, routed.model, failed.response)
+                answer = Answer(decided.route, decided.model, failed.response)
             exchange.route, exchange.model = answer.route, answer.model
             exchange.stood_in = answer.stood_in
             exchange.status = answer.response.status_code
@@ -156,12 +152,29 @@ class Proxy:
             for name, value in answer.response.headers.raw
             if name.lower().decode("latin-1") not in _NOT_RETURNED
         ]
-        for name, text in self._said(exchange, routed).items():
+        for name, text in self._said(exchange, exchange.routed).items():
             headers.append((name.encode(), _NOT_PLAIN.sub("?", text)[:500].encode()))
         passed = _PassedOn(self, exchange, answer.response, headers, left, began)
         if self.feedback is not None and self.feedback.drawn(endpoint.path, exchange):
             passed.duel = body, request.headers.raw
         return passed
+
+    async def _sent(
+        self, exchange: Exchange, endpoint: Endpoint, body: Body, headers: Headers
+    ) -> Answer:
+        """Return what the models answer; a policy may change the decision in the exchange."""
+        routed = exchange.routed
+        assert routed is not None
+        if routed.policy:
+            return await self.cascade.answer(exchange, body, headers)
+        return await self.upstreams.send(
+            routed.route,
+            routed.model,
+            endpoint,
+            body,
+            headers,
+            may_stand_in=self.gateway.settings.stand_in and not routed.named,
+        )
 
     def _said(self, exchange: Exchange, routed: Routed) -> dict[str, str]:
         """Return the headers that say what was decided, who answered, and what that saves."""
@@ -171,19 +184,25 @@ class Proxy:
             out["x-routellm-answered-by"] = exchange.model
         strong = self.upstreams.ends["strong"].settings.model
         saved = self.money.saved_usd(strong, exchange.model)
-        if saved is not None:
-            out["x-routellm-saved-usd"] = f"{saved:.6f}"
+        also = exchange.also_usd
+        if saved is not None and also is not None:
+            out["x-routellm-saved-usd"] = f"{saved - also:.6f}"
+        if routed.policy:
+            out["x-routellm-calls"] = str(1 + len(exchange.also))
         return out
 
     def finish(self, exchange: Exchange) -> None:
         """Count a request that is over."""
         self.at_once -= 1
-        paid: float | None = 0.0  # nothing, unless somebody answered
+        paid = also = exchange.also_usd  # nothing, unless somebody answered
+        exchange.usd = also if exchange.also else None
         if exchange.route and 200 <= exchange.status < 300:
             counted = exchange.usage.input_tokens, exchange.usage.output_tokens
             strong = self.upstreams.ends["strong"].settings.model
-            exchange.usd = paid = self.money.usd(exchange.model, *counted)
-            exchange.saved_usd = self.money.saved_usd(strong, exchange.model, *counted)
+            own = self.money.usd(exchange.model, *counted)
+            saved = self.money.saved_usd(strong, exchange.model, *counted)
+            exchange.usd = paid = None if own is None or also is None else own + also
+            exchange.saved_usd = None if saved is None or also is None else saved - also
         self.limits.leave(exchange.caller, paid)
         self._tell(exchange)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 AskedBy = Literal["model name", "body", "header", "key", "settings"]
 
 FIELDS = ("threshold", "strong_fraction", "quality", "max_usd")
+POLICY = "policy"
 _HEADERS = {name: f"x-routellm-{name.replace('_', '-')}" for name in FIELDS}
 _NAMED = re.compile(r"router-([a-z][a-z0-9_]*)-([0-9.eE+-]{1,40})")  # RouteLLM's own names
 
@@ -184,13 +185,33 @@ def target_of(
     if routing is not None:
         if not isinstance(routing, Mapping):
             raise GatewayError(f"`routing` must be an object with one of {_listed(FIELDS)}")
-        unknown = sorted(str(n)[:40] for n in set(routing) - set(FIELDS))
+        unknown = sorted(str(n)[:40] for n in set(routing) - {*FIELDS, POLICY})
         if unknown:
-            raise GatewayError(f"`routing` knows {_listed(FIELDS)}, not {unknown[:3]}")
-        if target := _target({n: v for n, v in routing.items() if v is not None}, "body"):
+            known = _listed((*FIELDS, POLICY))
+            raise GatewayError(f"`routing` knows {known}, not {unknown[:3]}")
+        if target := _target(
+            {n: v for n, v in routing.items() if v is not None and n != POLICY}, "body"
+        ):
             return target
     given = {n: headers[header] for n, header in _HEADERS.items() if header in headers}
     return _target(given, "header") or key or default
+
+
+def policy_of(fields: Mapping[str, Any], headers: Mapping[str, str]) -> str:
+    """Return the policy that a request asks for, by the body or a header; "" for the router.
+
+    Raises
+    ------
+    GatewayError
+        If it is no text.
+    """
+    routing = fields.get("routing")
+    asked = routing.get(POLICY) if isinstance(routing, Mapping) else None
+    if asked is None:
+        asked = headers.get(f"x-routellm-{POLICY}", "")
+    if not isinstance(asked, str):
+        raise GatewayError("`routing.policy` must be a policy's name")
+    return asked
 
 
 def number(name: str, raw: Any) -> float:

@@ -182,6 +182,7 @@ def _of_request(one: Exchange) -> dict[str, Any]:
         "routellm.route": one.route or None,
         "routellm.stood_in": one.stood_in or None,
         "routellm.broken": one.broken or None,
+        "routellm.other_calls": len(one.also) or None,
         "routellm.streamed": one.streamed,
         "routellm.usd": one.usd,
         "routellm.saved_usd": one.saved_usd,
@@ -197,6 +198,8 @@ def _of_decision(one: Exchange) -> dict[str, Any]:
         "routellm.kind": routed.kind or None,
         "routellm.win_rate": routed.win_rate,
         "routellm.threshold": routed.threshold,
+        "routellm.policy": routed.policy or None,
+        "routellm.confidence": routed.confidence,
         "routellm.canary": routed.canary,
         "routellm.reason": routed.reason,
     }

@@ -38,11 +38,14 @@ class UsageReader:
     ----------
     text : str
         What it says; "" if that is not wanted, not text, or too long.
+    ended : bool
+        Whether a completion whose text is gathered says that the model ended it by itself.
     """
 
     def __init__(self, content_type: str, *, text: bool = False) -> None:
         self.usage = Usage()
         self.text = ""
+        self.ended = False
         self._wants_text = text
         self._stream = content_type.startswith("text/event-stream")
         self._json = content_type.startswith("application/json")
@@ -94,6 +97,7 @@ class UsageReader:
     def _gather(self, doc: dict[str, Any]) -> None:
         try:
             choice = doc["choices"][0]
+            self.ended = choice.get("finish_reason") == "stop"
             said = (choice.get("delta") or choice["message"])["content"]
         except (LookupError, TypeError, AttributeError):
             return

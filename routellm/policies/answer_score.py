@@ -7,6 +7,7 @@ any other choice after generation can use as well.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -45,6 +46,11 @@ class AnswerScore:
             found = self._score.score(_texts(table))[:, 0]
             self._known[table.ids] = found.reshape(len(table.models), len(table)).T
         return self._known[table.ids]
+
+    def save(self, directory: Path) -> None:
+        """Write the scorer for the gateway's policy `cascade`; see `EncoderScore.load`."""
+        assert self._score is not None, "fit it first"
+        self._score.save(directory)
 
     def usd(self, table: Recorded) -> Floats:
         """Return the dollars (n, m) of scoring each answer: its tokens and its query's are read."""

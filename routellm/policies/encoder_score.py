@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from routellm.errors import TrainingError
+from routellm.errors import BundleError, TrainingError
 from routellm.evaluation.metrics import Floats
+from routellm.model_folder import read_model, write_model
 from routellm.routers.device import seeded, torch_device
 from routellm.routers.encoder_head import EncoderHead, Tokens, adamw, pretrained
 from routellm.routers.finetune import Course, Learner, epoch_batches, finetune
@@ -24,6 +26,14 @@ from routellm.settings import ScorerSettings
 _BATCH = 32  # texts scored at once
 _VALIDATION = 8  # one prompt of so many is kept to stop early by
 _WEIGHT_DECAY, _CLIP_NORM, _WARM_UP = 0.01, 1.0, 0.1  # as for the router kind `bert`
+
+_DOCUMENT = "scorer.json"
+_GOLDEN_TOLERANCE = 1e-3
+# of our own, since what a table holds need not be anybody's who gets the folder
+_GOLDEN = (
+    ("What is 17 + 25?", "17 + 25 = 42. The answer is 42."),
+    ("Name a mammal that lays eggs.", "The blue whale does."),
+)
 
 _LAYER = re.compile(r"\blayers?\.(\d+)\.")
 
@@ -85,6 +95,45 @@ class EncoderScore:
             self._start_at(labels[learnt].mean(axis=0))
             tokens = dict(zip(rows.tolist(), self._tokens([texts[i] for i in rows]), strict=True))
             self._train(tokens, labels, learnt, asked)
+
+    def save(self, directory: Path) -> None:
+        """Write it so that `directory` holds all of it or does not exist."""
+        assert self._model is not None, "fit it first"
+        arrays, doc = self._model.state()
+        golden = [(text, self.score([text])[0].tolist()) for text in _GOLDEN]
+        document = {"outputs": self.outputs, "encoder": doc, "golden": golden}
+        write_model(directory, arrays, document, _DOCUMENT)
+
+    @classmethod
+    def load(cls, name: str, directory: Path, settings: ScorerSettings) -> EncoderScore:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        BundleError
+            If a file is missing or damaged, or its numbers are not those it was saved with.
+        """
+        again = "name a folder that `routellm policies` wrote"
+        found = cls(name, settings)
+        try:
+            arrays, doc = read_model(directory, _DOCUMENT, again=again)
+            found.outputs = int(doc["outputs"])
+            device = torch_device("auto", "scorer")
+            found._model = EncoderHead.loaded(
+                arrays, doc["encoder"], outputs=found.outputs, device=device
+            )
+            texts = [tuple(text) for text, _ in doc["golden"]]
+            off = found.score(texts) - np.array([numbers for _, numbers in doc["golden"]])
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise BundleError(
+                f"no whole scorer in {directory} ({type(error).__name__}): {again}"
+            ) from error
+        if not np.abs(off).max() <= _GOLDEN_TOLERANCE:
+            raise BundleError(
+                f"the scorer in {directory} gives other numbers than when it was saved (off by "
+                f"{np.abs(off).max():.4f}): {again}"
+            )
+        return found
 
     def score(self, texts: Sequence[Parts]) -> Floats:
         """Return the numbers (n, outputs) of texts."""

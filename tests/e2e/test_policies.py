@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from routellm.policies.encoder_score import EncoderScore
+from routellm.settings import ScorerSettings
 from tests.e2e.shared import inside
 from tests.support.tiny_bert import save_tiny_bert
 from tests.support.words_endpoint import as_environment, words_endpoint
@@ -60,6 +62,8 @@ def test_every_policy_is_measured_drawn_and_logged(tmp_path, tables, monkeypatch
     assert found["FrugalGPT"]["calls"]["value"] > 1.2
     assert found["LLM-Blender"]["points"][-1][0] > oracle["points"][-1][0]  # all is paid for
     assert (out / "pareto-gsm8k.png").read_bytes()[:4] == b"\x89PNG"
+    saved = EncoderScore.load("the scorer", out / "scorer-gsm8k", ScorerSettings())
+    assert saved.score([("easy", "tiger")]).shape == (1, 1)
     written = (out / "policies.md").read_text()
     assert "| gsm8k | AutoMix, POMDP (SIMULATED) |" in written
     assert "| FrugalGPT | half the cost at the best model's quality" in written

@@ -151,6 +151,7 @@ def test_it_follows_the_alias(hook, versions):
         {"model": "router-nonsense", "messages": ASK},
         {"model": "router", "messages": "none"},
         {"model": "router", "messages": ASK, "routing": {"threshold": 7}},
+        {"model": "router", "messages": ASK, "routing": {"policy": "automix"}},  # asks twice
     ],
 )
 def test_what_cannot_be_routed_goes_to_the_configured_model(hook, ask):

@@ -33,7 +33,7 @@ from routellm.gateway.money import Money
 from routellm.gateway.server import running
 from routellm.gateway.traces import Traces
 from routellm.gateway.usage import Usage
-from routellm.settings import FeedbackSettings, GatewaySettings, Price, Upstream
+from routellm.settings import AutoMixSettings, FeedbackSettings, GatewaySettings, Price, Upstream
 from tests.conftest import REPOSITORY
 from tests.gateway.test_faithful import ASK, gateway
 from tests.gateway.test_gateway import Versions, bundle, wait_for
@@ -105,10 +105,11 @@ def test_a_request_is_one_line_of_json_with_what_is_known_of_it(stderr):
         "level": "info", "logger": "routellm.gateway.requests", "message": "request",
         "request_id": "req-1", "endpoint": "chat/completions", "key_id": None, "status": 200,
         "route": "weak", "model": "small", "version": "7", "kind": "mf", "win_rate": 0.25,
-        "threshold": 0.5, "canary": False, "reason": "win rate against threshold 0.5",
+        "threshold": 0.5, "policy": None, "confidence": None, "canary": False,
+        "reason": "win rate against threshold 0.5",
         "stood_in": None, "broken": None, "streamed": False, "routing_s": 0.002,
         "upstream_s": 0.5, "total_s": 0.503, "input_tokens": 100, "output_tokens": 20,
-        "usd": 0.0001, "saved_usd": 0.0019, "trace_id": None,
+        "other_calls": 0, "usd": 0.0001, "saved_usd": 0.0019, "trace_id": None,
     }  # fmt: skip
 
 
@@ -457,7 +458,8 @@ def exposition(tmp_path_factory):
     with running(up.app) as behind:
         options = GatewaySettings(
             **{route: Upstream(base_url=f"{behind}/v1", model=m) for route, m in ends.items()},
-            poll_s=0.1, challenger="shadow", retries=1, retry_wait_s=0.01, breaker_failures=100,
+            poll_s=0.1, challenger="shadow", automix=AutoMixSettings(samples=1), retries=1,
+            retry_wait_s=0.01, breaker_failures=100,
         )  # fmt: skip
         home = tmp_path_factory.mktemp("home")
         writer = Writer(FeedbackStore(f"sqlite:///{home / 'feedback.db'}"), flush_s=0.05)
@@ -480,6 +482,7 @@ def exposition(tmp_path_factory):
             for i in range(30):
                 ask(messages=[{"role": "user", "content": f"query {i}"}])
             ask(model="nobody")
+            ask(routing={"policy": "automix"})
             up.say(json_reply({}, status=503), json_reply(CHAT))
             ask()  # tried again
             up.say(json_reply({}, status=500), json_reply(CHAT))
