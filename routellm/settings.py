@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -362,6 +362,27 @@ class AutoMixSettings(_Group):
     timeout_s: float = Field(30.0, gt=0, description="seconds for all; then `fallback` holds")
 
 
+class PoolSettings(_Group):
+    """The policy `pool`: further models beside strong and weak, by one version of the router."""
+
+    models: dict[str, Upstream] = Field(
+        default_factory=dict,
+        description="further endpoints, by the model's name in the battles that the router learnt "
+        'from: `[gateway.pool.models."NAME"]` as gateway.strong; none: there is no such policy',
+    )
+    cost_weight: float = Field(
+        30.0, ge=0, description="quality (score in [0, 1]) that a dollar more a query must bring"
+    )
+
+    @field_validator("models")
+    @classmethod
+    def _named(cls, models: dict[str, Upstream]) -> dict[str, Upstream]:
+        taken = sorted({"strong", "weak", "embeddings"} & set(models))
+        if taken:
+            raise ValueError(f"a model of the pool cannot be called {taken[0]}: that is a route")
+        return models
+
+
 class GatewaySettings(_Group):
     """The OpenAI-compatible gateway."""
 
@@ -432,6 +453,7 @@ class GatewaySettings(_Group):
     )
     cascade: CascadeSettings = CascadeSettings()
     automix: AutoMixSettings = AutoMixSettings()
+    pool: PoolSettings = PoolSettings()
     timeout_s: float = Field(600.0, gt=0, description="seconds to wait for an upstream")
     connect_timeout_s: float = Field(5.0, gt=0, description="seconds to connect to an upstream")
     retries: int = Field(
@@ -470,6 +492,12 @@ class GatewaySettings(_Group):
     embeddings: Upstream | None = Field(
         None, description="endpoint of /v1/embeddings, which is not routed; by default weak's"
     )
+
+    @property
+    def routes(self) -> dict[str, Upstream]:
+        """The endpoints that queries go to, by route: strong, weak, and the pool's by name."""
+        pair = {"strong": self.strong, "weak": self.weak}
+        return {route: one for route, one in pair.items() if one is not None} | self.pool.models
 
     @property
     def url(self) -> str:
@@ -803,7 +831,7 @@ def settings_table() -> str:
 
     def add(model: type[BaseModel], prefix: str) -> None:
         for name, field in model.model_fields.items():
-            default = field.default
+            default = field.get_default(call_default_factory=True)
             if isinstance(default, BaseModel):
                 add(type(default), f"{prefix}{name}.")
                 continue

@@ -127,8 +127,8 @@ def _path(settings: Settings) -> Path:
 
 def _check_prices(settings: Settings) -> None:
     """Refuse a budget that could not be kept: of a model without a price nothing is charged."""
-    for route, upstream in (("strong", settings.gateway.strong), ("weak", settings.gateway.weak)):
-        if upstream is not None and upstream.model not in settings.prices:
+    for route, upstream in settings.gateway.routes.items():
+        if upstream.model not in settings.prices:
             raise UsageError(
                 f"dollars cannot be kept to: {upstream.model} (gateway.{route}) has no price; set "
                 f'[prices."{upstream.model}"] with input and output in routellm.toml'

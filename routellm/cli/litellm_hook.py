@@ -21,6 +21,7 @@ from typing import Any
 from routellm.cli.context import load_settings
 from routellm.cli.serving import sources
 from routellm.errors import GatewayError
+from routellm.gateway.cascade import thresholds
 from routellm.gateway.decide import Routed
 from routellm.gateway.endpoints import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 from routellm.gateway.gateway import Gateway
@@ -65,7 +66,7 @@ class RouterHook(CustomLogger):  # type: ignore[misc]  # LiteLLM is an extra: no
             return data
         try:
             routed = await self.gateway.decide(endpoint, data, _headers(data), Caller())
-            if routed.policy:
+            if routed.policy in thresholds(self.gateway.settings):
                 raise GatewayError(
                     f"the policy {routed.policy} asks twice, and here LiteLLM asks once: only "
                     "`routellm serve` has it"

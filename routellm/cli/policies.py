@@ -101,7 +101,7 @@ def all_policies(encoder: Encoder, settings: Settings) -> list[Policy]:
     from routellm.policies.cascade import FrugalGPT, JudgedCascade
     from routellm.policies.hybrid import LABELS, GapEncoder, HybridLLM, recorded_quality
     from routellm.policies.pair import PairRouter
-    from routellm.policies.pool import KNNPool, MLPPool
+    from routellm.policies.pool import KindPool, KNNPool, MLPPool
     from routellm.policies.several import BestOfN, LLMBlender, PairRanker
     from routellm.policies.single import Oracle, ZeroRouter
     from routellm.policies.verify import EndpointVerifier, PlantedVerifier
@@ -126,6 +126,9 @@ def all_policies(encoder: Encoder, settings: Settings) -> list[Policy]:
         Oracle(),
         KNNPool("KNN over the pool", encoder, seed),
         MLPPool("MLP over the pool", encoder, seed),
+        KindPool(
+            "gaussian_process over the pool", encoder, seed, kind="gaussian_process", between=pair
+        ),
         *(PairRouter(f"{kind} on a pair", kind, encoder, pair, seed) for kind in kinds),
         *(HybridLLM(f"Hybrid-LLM, {label}", gap, label) for label in LABELS),
         FrugalGPT("FrugalGPT", score),

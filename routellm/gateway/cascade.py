@@ -38,8 +38,8 @@ _WAITING = 256  # answers that may wait to be scored
 _JSON: Headers = [(b"content-type", b"application/json")]
 
 
-def names(settings: GatewaySettings) -> dict[str, float]:
-    """Return the policies that are switched on, each with its threshold."""
+def thresholds(settings: GatewaySettings) -> dict[str, float]:
+    """Return the threshold of each of these policies that is switched on."""
     out = {}
     if settings.cascade.scorer is not None:
         out["cascade"] = settings.cascade.threshold
@@ -62,15 +62,14 @@ def asked_first(
     GatewayError
         If there is no such policy, or the request does not allow it.
     """
-    known = names(settings)
+    known = thresholds(settings)
     shown = repr(policy[:40])
     if policy not in known:
-        here = " and ".join(known) or "none (settings gateway.cascade and gateway.automix)"
+        here = ", ".join([*known, *(["pool"] if settings.pool.models else [])])
+        here = here or "none (settings gateway.pool, gateway.cascade and gateway.automix)"
         raise GatewayError(f"there is no policy {shown} here: there is {here}")
     refused = ""
-    if fields.get("model") != "router":
-        refused = "only the model `router` takes a policy"
-    elif endpoint is not CHAT:
+    if endpoint is not CHAT:
         refused = "only chat completions are looked at; leave `policy` out"
     elif fields.get("stream"):
         refused = "an answer is read whole before it is given, so it cannot be streamed"
@@ -119,6 +118,9 @@ class Cascade:
             self._looks["cascade"] = ScorerLook(settings.cascade)
         if settings.automix.samples:
             self._looks["automix"] = SelfCheck(settings.automix, upstreams, money)
+
+    def knows(self, policy: str) -> bool:
+        return policy in self._looks
 
     def close(self) -> None:
         for look in self._looks.values():

@@ -44,14 +44,14 @@ class Scored:
 class Routed:
     """Where a query goes, and why."""
 
-    route: str  # strong | weak
+    route: str  # strong | weak | a model of the pool
     model: str
     reason: str
     version: str = ""
     kind: str = ""
     win_rate: float | None = None
     threshold: float | None = None
-    policy: str = ""  # that may ask twice, if the request asked for one
+    policy: str = ""  # that the request asked for instead of the pair's router
     confidence: float | None = None  # in the weak model's answer, as that policy found it
     canary: bool = False  # whether a challenger decided
     named: bool = False  # whether the request named the model: no other may answer

@@ -159,6 +159,7 @@ class Feedback:
             return False
         routed = exchange.routed
         asked = routed is not None and not routed.named and bool(exchange.prompt)
+        asked = asked and exchange.route in ("strong", "weak")  # no duels with others of a pool
         return asked and len(self._running) < _DUELS_AT_ONCE and random.random() < share
 
     def duel(self, exchange: Exchange, body: Body, headers: Headers, served: str) -> None:

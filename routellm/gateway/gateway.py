@@ -19,6 +19,7 @@ from routellm.gateway.keys import Caller
 from routellm.gateway.metrics import Metrics
 from routellm.gateway.money import Money
 from routellm.gateway.pacer import Pacers
+from routellm.gateway.pool import PoolPolicy, cost_weight_of
 from routellm.gateway.scoring import Scorer
 from routellm.gateway.source import RouterSource
 from routellm.gateway.targets import QueryPrices, Target, policy_of, target_of
@@ -47,7 +48,7 @@ class Gateway:
                 "`routellm serve --demo`"
             )
         self.settings = settings
-        self.upstreams: dict[str, Upstream] = {"strong": settings.strong, "weak": settings.weak}
+        self.upstreams: dict[str, Upstream] = settings.routes
         self.target = Target.of_settings(
             threshold=settings.threshold,
             strong_fraction=settings.strong_fraction,
@@ -56,6 +57,7 @@ class Gateway:
         )
         self.money = money or Money()
         self.prices = QueryPrices.of(self.money, settings.strong.model, settings.weak.model)
+        self.pool = PoolPolicy(settings, self.money) if settings.pool.models else None
         self.pacers = Pacers(window=settings.pacer_window, most_odds=settings.pacer_most_odds)
         self.metrics = Metrics()
         encoders = Encoders()
@@ -120,6 +122,8 @@ class Gateway:
             self.challenger.stop()
         for scorer in self._scorers:
             scorer.close()
+        if self.pool is not None:
+            self.pool.close()
 
     def _challenger(self) -> tuple[Serving | None, str]:
         if self.challenger is None:
@@ -172,12 +176,19 @@ class Gateway:
         target = target_of(fields, headers, caller.target, self.target)
         if model != "router" and target.kind is None:
             raise GatewayError(
-                f"unknown model {model[:80]!r}: use `router`, `router-KIND-THRESHOLD`, "
-                f"{self.upstreams['strong'].model!r} or {self.upstreams['weak'].model!r}",
+                f"unknown model {model[:80]!r}: use `router`, `router-KIND-THRESHOLD` or one of "
+                f"{', '.join(one.model for one in self.upstreams.values())}",
                 status=404,
                 code="model_not_found",
             )
-        if policy := policy_of(fields, headers):
+        policy, weight = policy_of(fields, headers), cost_weight_of(fields, headers)
+        if policy and model != "router":
+            raise GatewayError(f"a policy goes with the model `router`, not {model[:80]!r}")
+        if weight is not None and policy != "pool":
+            raise GatewayError("`cost_weight` goes with the policy `pool`: name that, too")
+        if policy == "pool" and self.pool is not None:
+            return await self._by_pool(self.pool, endpoint, fields, target, weight)
+        if policy:
             return asked_first(policy, self.settings, endpoint, fields, target)
         turns = endpoint.turns(fields)
         earlier = fields.get("previous_response_id")
@@ -226,6 +237,31 @@ class Gateway:
         if self.challenger is not None:
             self.challenger.watch(serving, target, prompt, scored.route)
         return self._routed(serving, scored, target, prompt, 1.0 - share)
+
+    async def _by_pool(
+        self,
+        pool: PoolPolicy,
+        endpoint: Endpoint,
+        fields: Mapping[str, Any],
+        target: Target,
+        weight: float | None,
+    ) -> Routed:
+        if target.by_request:
+            raise GatewayError(f"the policy `pool` takes a cost_weight, not {target}")
+        turns = endpoint.turns(fields)
+        earlier = fields.get("previous_response_id")
+        if isinstance(earlier, str):
+            return self._continued(earlier)
+        serving = self.follower.serving
+        if serving is None:
+            return self._fall_back("there is no router to ask")
+        prompt = scored_text(turns, self.settings.scored, self.settings.scored_tokens)
+        try:
+            return await pool.decide(serving, prompt, weight)
+        except Exception as error:
+            why = str(error) if isinstance(error, UsageError) else type(error).__name__
+            log.error("version %s failed on the pool: %s", serving.ref.version, why)
+            return self._fall_back(f"the policy pool failed ({why})")
 
     def _not_routed(self, model: str) -> Routed:
         """Return where embeddings go: to the model that is named, at the endpoint for them."""

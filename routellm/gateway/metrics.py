@@ -59,7 +59,10 @@ class Metrics:
         self.spent = self._counter("routellm_spent_usd", "Dollars spent", "route")
         self.saved = self._counter("routellm_saved_usd", "Dollars that strong would have cost more")
         self.policies = self._counter(
-            "routellm_policy_answers", "Answers by policies that may ask twice", "policy", "route"
+            "routellm_policy_answers",
+            "Answers by policies that requests asked for",
+            "policy",
+            "route",
         )
         self.judged = self._counter("routellm_judgements", "Judgements of answers", "kind")
         self.duels = self._counter("routellm_duels", "Both models' answers judged", "winner")

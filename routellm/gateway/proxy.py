@@ -165,7 +165,7 @@ class Proxy:
         """Return what the models answer; a policy may change the decision in the exchange."""
         routed = exchange.routed
         assert routed is not None
-        if routed.policy:
+        if self.cascade.knows(routed.policy):
             return await self.cascade.answer(exchange, body, headers)
         return await self.upstreams.send(
             routed.route,

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 AskedBy = Literal["model name", "body", "header", "key", "settings"]
 
 FIELDS = ("threshold", "strong_fraction", "quality", "max_usd")
-POLICY = "policy"
+POLICY, COST_WEIGHT = "policy", "cost_weight"
+_OTHERS = (POLICY, COST_WEIGHT)
 _HEADERS = {name: f"x-routellm-{name.replace('_', '-')}" for name in FIELDS}
 _NAMED = re.compile(r"router-([a-z][a-z0-9_]*)-([0-9.eE+-]{1,40})")  # RouteLLM's own names
 
@@ -185,12 +186,12 @@ def target_of(
     if routing is not None:
         if not isinstance(routing, Mapping):
             raise GatewayError(f"`routing` must be an object with one of {_listed(FIELDS)}")
-        unknown = sorted(str(n)[:40] for n in set(routing) - {*FIELDS, POLICY})
+        unknown = sorted(str(n)[:40] for n in set(routing) - {*FIELDS, *_OTHERS})
         if unknown:
-            known = _listed((*FIELDS, POLICY))
+            known = _listed((*FIELDS, *_OTHERS))
             raise GatewayError(f"`routing` knows {known}, not {unknown[:3]}")
         if target := _target(
-            {n: v for n, v in routing.items() if v is not None and n != POLICY}, "body"
+            {n: v for n, v in routing.items() if v is not None and n in FIELDS}, "body"
         ):
             return target
     given = {n: headers[header] for n, header in _HEADERS.items() if header in headers}
@@ -215,7 +216,7 @@ def policy_of(fields: Mapping[str, Any], headers: Mapping[str, str]) -> str:
 
 
 def number(name: str, raw: Any) -> float:
-    """Return the value of one of `FIELDS`.
+    """Return the value of one of `FIELDS`, or of `COST_WEIGHT`.
 
     Raises
     ------
@@ -228,8 +229,8 @@ def number(name: str, raw: Any) -> float:
             value = float(raw)
         except (ValueError, OverflowError):
             value = math.nan
-    if name == "max_usd":
-        good, allowed = 0.0 <= value < math.inf, "dollars, 0 or more"
+    if name in ("max_usd", COST_WEIGHT):
+        good, allowed = 0.0 <= value < math.inf, "of 0 or more"
     else:
         good, allowed = 0.0 <= value <= 1.0, "in [0, 1]"
     if not good:

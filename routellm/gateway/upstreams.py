@@ -103,7 +103,7 @@ class _End:
 
 
 class Upstreams:
-    """Sends requests to the strong and the weak model."""
+    """Sends requests to the strong and the weak model, and to those of the pool."""
 
     def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
         assert settings.strong is not None
@@ -119,11 +119,10 @@ class Upstreams:
                 _key_headers(upstream),
                 _transport(upstream, context),
             )
-            for route, upstream in (
-                ("strong", settings.strong),
-                ("weak", settings.weak),
-                ("embeddings", settings.embeddings or settings.weak),
-            )
+            for route, upstream in {
+                **settings.routes,
+                "embeddings": settings.embeddings or settings.weak,
+            }.items()
         }
         timeout = httpx.Timeout(settings.timeout_s, connect=settings.connect_timeout_s)
         self._extensions = {"timeout": timeout.as_dict()}
@@ -142,7 +141,7 @@ class Upstreams:
         *,
         may_stand_in: bool,
     ) -> Answer:
-        """Ask a route's model, and the other route's if that fails and may be stood in for.
+        """Ask a route's model; if that fails and may be stood in for strong, or weak for strong.
 
         Raises
         ------

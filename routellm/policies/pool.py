@@ -2,7 +2,8 @@
 
 One fit, any number of models: `predict` gives a score for every model, and lowering the weight of
 a dollar draws the curve from the cheapest to the best. RouterBench (Hu et al. 2024, arXiv
-2403.12031, section 4.2) calls the two here KNN and MLP router. A pair of models is the case of two.
+2403.12031, section 4.2) has a KNN and an MLP router; `KindPool` is one of our router kinds turned
+to every model, as the gateway serves it. A pair of models is the case of two.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import numpy as np
 from routellm.embeddings.base import Encoder
 from routellm.errors import TrainingError
 from routellm.evaluation.metrics import Floats
+from routellm.policies.pair import PairRouter
 from routellm.policies.policy import Point, Policy, asked_once
 from routellm.policies.recorded import Recorded
-from routellm.policies.single import best_at, weights
+from routellm.policies.single import weights
+from routellm.routers.base import Pair
+from routellm.routers.pool import Pool, best_at
 
 MIN_ROWS = 50
 _FOLDS = 5
@@ -48,25 +52,21 @@ class PoolRouter(Policy):
                 f"{self.name} cannot learn from {len(table)} rows of {table.name}: give at least "
                 f"{MIN_ROWS}"
             )
-        vectors = self.encoder.encode(table.prompts)
-        error = {
-            name: _foretold(model, vectors, table.quality, self.seed)
-            for name, model in self.candidates(len(table)).items()
-        }
-        self.chosen = min(error, key=lambda name: error[name])
-        self._model = self.candidates(len(table))[self.chosen].fit(vectors, table.quality)
         self._usd = table.usd.mean(axis=0)
         self.models = table.models
+        self.learn(table, held)
         self.trained_on = frozenset(table.ids + held.ids)
 
     @abstractmethod
-    def candidates(self, n: int) -> dict[str, Any]:
-        """Return by name the models to choose from by cross-validation, for n rows."""
+    def learn(self, table: Recorded, held: Recorded) -> None:
+        """Learn from training rows."""
 
+    @abstractmethod
     def predict(self, prompts: Sequence[str]) -> Floats:
-        """Return the score (n, m) that each model is predicted to have on each prompt."""
-        found = self._model.predict(self.encoder.encode(prompts))
-        return np.asarray(found, dtype=np.float64).reshape(len(prompts), len(self.models))
+        """Return the score (n, m) that each model is predicted to have on each prompt.
+
+        Up to what is added to all models of a prompt alike, which changes no choice.
+        """
 
     def answer(self, table: Recorded) -> Sequence[Point]:
         columns = [table.models.index(one) for one in self.models]
@@ -82,7 +82,57 @@ class PoolRouter(Policy):
         ]
 
 
-class KNNPool(PoolRouter):
+@dataclass
+class KindPool(PoolRouter):
+    """One of our router kinds, trained for a pair and turned to every model against the cheapest.
+
+    Attributes
+    ----------
+    between : Pair
+        Where a table lacks one of the two, strong is its best model in training, weak its cheapest.
+    """
+
+    kind: str = field(kw_only=True)
+    between: Pair = field(kw_only=True)
+    _pool: Pool | None = field(default=None, init=False)
+
+    def learn(self, table: Recorded, held: Recorded) -> None:
+        own = PairRouter(self.name, self.kind, self.encoder, self.between, self.seed)
+        own.fit(table, held)
+        assert own.router is not None
+        cheapest = table.models[table.cheapest()]
+        self.models = (cheapest, *(one for one in table.models if one != cheapest))
+        self._usd = self._usd[[table.models.index(one) for one in self.models]]
+        self._pool = Pool(own.router, self.models)
+        self.chosen = self.kind
+
+    def predict(self, prompts: Sequence[str]) -> Floats:
+        assert self._pool is not None, "fit it first"
+        return self._pool.quality(prompts)
+
+
+class RegressionPool(PoolRouter):
+    """A regression from a prompt's embedding to every model's score, chosen by cross-validation."""
+
+    def learn(self, table: Recorded, held: Recorded) -> None:
+        vectors = self.encoder.encode(table.prompts)
+        error = {
+            name: _foretold(model, vectors, table.quality, self.seed)
+            for name, model in self.candidates(len(table)).items()
+        }
+        self.chosen = min(error, key=lambda name: error[name])
+        self._model = self.candidates(len(table))[self.chosen].fit(vectors, table.quality)
+
+    @abstractmethod
+    def candidates(self, n: int) -> dict[str, Any]:
+        """Return by name the models to choose from by cross-validation, for n rows."""
+
+    def predict(self, prompts: Sequence[str]) -> Floats:
+        found = self._model.predict(self.encoder.encode(prompts))
+        return np.asarray(found, dtype=np.float64).reshape(len(prompts), len(self.models))
+
+
+class KNNPool(RegressionPool):
     """The mean score of the most similar training prompts, by cosine."""
 
     def candidates(self, n: int) -> dict[str, Any]:
@@ -92,7 +142,7 @@ class KNNPool(PoolRouter):
         return {f"{k} neighbours": KNeighborsRegressor(k) for k in _NEIGHBOURS if k <= most}
 
 
-class MLPPool(PoolRouter):
+class MLPPool(RegressionPool):
     """A small neural network from a prompt's embedding to every model's score."""
 
     def candidates(self, n: int) -> dict[str, Any]:

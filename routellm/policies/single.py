@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from routellm.evaluation.metrics import Floats
 from routellm.policies.policy import Point, Policy, asked_once
 from routellm.policies.recorded import Recorded
+from routellm.routers.pool import best_at
 
 _WEIGHTS = 31
 
@@ -51,8 +51,3 @@ def weights(usd: Floats) -> list[float]:
     """
     spread = float(usd.max() - usd.min()) or 1.0
     return [float(one) / spread for one in np.geomspace(100.0, 1e-3, _WEIGHTS)]
-
-
-def best_at(quality: Floats, usd: Floats, weight: float) -> NDArray[np.int64]:
-    """Return the column (n,) with the highest quality - weight x dollars of each row (n, m)."""
-    return np.asarray((quality - weight * usd).argmax(axis=1), dtype=np.int64)

@@ -49,7 +49,7 @@ def test_every_policy_is_measured_drawn_and_logged(tmp_path, tables, monkeypatch
     oracle = found.pop("oracle")
     gain = found.pop("zero router")["figures"]["aiq_gain"]["value"]
     assert gain == pytest.approx(0, abs=1e-12)
-    assert len(found) == 18
+    assert len(found) == 19
     for one in found.values():
         assert one["aiq"]["value"] <= oracle["aiq"]["value"] + 1e-9, one["policy"]
         routes = one["policy"].endswith("on a pair") or one["policy"].startswith("Hybrid-LLM")

@@ -199,10 +199,10 @@ def test_requests_that_ask_for_none_are_routed_as_ever(both):
     [
         ({"stream": True}, "cannot be streamed"),
         ({"n": 2}, "leave `n` out"),
-        ({"policy": "guess"}, "no policy 'guess' here: there is cascade and automix"),
+        ({"policy": "guess"}, "no policy 'guess' here: there is cascade, automix"),
         ({"routing": {"strong_fraction": 0.3}}, "a threshold of confidence"),
         ({"routing": {"threshold": 2}}, "not a number in [0, 1]"),
-        ({"model": "router-random-0.5"}, "only the model `router`"),
+        ({"model": "router-random-0.5"}, "goes with the model `router`"),
         ({"path": "completions", "prompt": "x"}, "only chat completions"),
         ({"policy": 7}, "must be a policy's name"),
     ],
@@ -219,7 +219,7 @@ def test_a_policy_that_is_not_set_is_refused(tmp_path):
     with served(tmp_path) as one:
         answer = one.ask()
     assert answer.status_code == 400
-    assert "none (settings gateway.cascade and gateway.automix)" in answer.text
+    assert "none (settings gateway.pool, gateway.cascade and gateway.automix)" in answer.text
 
 
 def test_an_answer_without_text_cannot_be_looked_at(both):

@@ -12,7 +12,7 @@ from routellm.policies import aiq, answered, budget, hull, load_recorded, measur
 from routellm.policies.measure import _chosen
 from routellm.policies.pair import PairRouter, battles_of
 from routellm.policies.policy import asked_once
-from routellm.policies.pool import KNNPool, MLPPool
+from routellm.policies.pool import KindPool, KNNPool, MLPPool
 from routellm.policies.recorded import Split
 from routellm.policies.recorded import split as split_of
 from routellm.policies.single import Oracle, ZeroRouter, best_at
@@ -182,12 +182,30 @@ def test_an_oracle_sends_to_big_only_what_small_fails(split):
 
 
 def test_routers_over_a_pool_learn_whom_to_ask(split, encoder):
-    for policy in (KNNPool("knn", encoder), MLPPool("mlp", encoder)):
+    pair = Pair("big", "small")
+    ours = KindPool("ours", encoder, kind="knn", between=pair)
+    for policy in (KNNPool("knn", encoder), MLPPool("mlp", encoder), ours):
         policy.fit(split.train, split.held)
         (found,) = measure([policy], split, resamples=50, rng=np.random.default_rng(0))
         blind = measure([ZeroRouter()], split, resamples=50, rng=np.random.default_rng(0))[0]
         assert found.aiq.low > blind.aiq.high, policy.name
         assert found.calls.value == 1.0
+
+
+def test_a_router_kind_is_turned_to_every_model_of_a_pool(tmp_path, encoder):
+    easy, mid = np.arange(400) % 2 == 0, np.arange(400) % 4 < 3
+    write(tmp_path, n=400, mid=easy | mid)
+    prices = {"mid": Price(input=0.0, output=2.0)}
+    (split,) = load_recorded(tmp_path, settings_with(tmp_path, **prices), words)
+    policy = KindPool("ours", encoder, kind="knn", between=Pair("big", "small"))
+    policy.fit(split.train, split.held)
+    assert policy.models[0] == "small"  # the cheapest is what the others are held against
+    assert set(policy.models) == {"small", "mid", "big"}
+    points = policy.answer(split.measure)
+    assert points[0].usd.mean() == split.measure.usd[:, split.measure.cheapest()].mean()
+    best = points[-1]
+    assert best.quality.mean() > 0.95
+    assert policy.trained_on == frozenset(split.train.ids + split.held.ids)
 
 
 def test_a_router_kind_on_a_pair_has_an_apgr(split, encoder):
