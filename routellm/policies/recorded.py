@@ -177,7 +177,11 @@ def split(
     if in_train is None:
         in_train = np.array([d[0] < 128 for d in drawn], dtype=bool)
     held = in_train & np.array([d[1] < 64 for d in drawn], dtype=bool)
-    return Split(recorded.where(in_train & ~held), recorded.where(held), recorded.where(~in_train))
+    measured = ~in_train
+    if most is not None and measured.sum() > most:
+        last = sorted(d for d, one in zip(drawn, measured, strict=True) if one)[most - 1]
+        measured &= np.array([d <= last for d in drawn], dtype=bool)
+    return Split(recorded.where(in_train & ~held), recorded.where(held), recorded.where(measured))
 
 
 @dataclass(frozen=True)

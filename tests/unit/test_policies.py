@@ -67,6 +67,19 @@ def test_no_prompt_is_trained_and_measured_on_and_the_halves_are_alike(split):
     assert split_of(split.held).held.ids == split.held.ids  # a prompt is always on the same side
 
 
+def test_no_more_rows_are_measured_on_than_the_setting_says_and_always_the_same(tmp_path, split):
+    write(tmp_path, n=400)
+    settings = settings_with(tmp_path)
+    settings.policies = settings.policies.model_copy(update={"rows": 60})
+    (few,) = load_recorded(tmp_path, settings, words)
+    assert len(few.measure) == 60
+    assert set(few.measure.ids) < set(split.measure.ids)
+    assert (few.train.ids, few.held.ids) == (split.train.ids, split.held.ids)
+    settings.policies = settings.policies.model_copy(update={"rows": 61})
+    (more,) = load_recorded(tmp_path, settings, words)
+    assert set(few.measure.ids) < set(more.measure.ids)
+
+
 def test_without_answers_their_tokens_are_the_settings_and_it_is_said(tmp_path):
     write(tmp_path)
     settings = settings_with(tmp_path)
