@@ -69,15 +69,16 @@ def test_no_prompt_is_trained_and_measured_on_and_the_halves_are_alike(split):
 
 def test_no_more_rows_are_measured_on_than_the_setting_says_and_always_the_same(tmp_path, split):
     write(tmp_path, n=400)
-    settings = settings_with(tmp_path)
-    settings.policies = settings.policies.model_copy(update={"rows": 60})
-    (few,) = load_recorded(tmp_path, settings, words)
+
+    def at_most(rows):
+        home = {"home": tmp_path / "home", "prices": PRICED}
+        (found,) = load_recorded(tmp_path, Settings(**home, policies={"rows": rows}), words)
+        return found
+
+    few, more = at_most(60), at_most(61)
     assert len(few.measure) == 60
-    assert set(few.measure.ids) < set(split.measure.ids)
+    assert set(few.measure.ids) < set(more.measure.ids) < set(split.measure.ids)
     assert (few.train.ids, few.held.ids) == (split.train.ids, split.held.ids)
-    settings.policies = settings.policies.model_copy(update={"rows": 61})
-    (more,) = load_recorded(tmp_path, settings, words)
-    assert set(few.measure.ids) < set(more.measure.ids)
 
 
 def test_without_answers_their_tokens_are_the_settings_and_it_is_said(tmp_path):
