@@ -260,8 +260,8 @@ class SelfCheck:
         try:
             answer = await self._upstreams.send("weak", model, CHAT, body, _JSON,
                                                 may_stand_in=False)  # fmt: skip
-        except UpstreamFailed as failed:
-            if failed.response is not None:
+        except GatewayError as failed:
+            if isinstance(failed, UpstreamFailed) and failed.response is not None:
                 await failed.response.aclose()
             return None
         said = await _said(answer.response)
@@ -276,7 +276,9 @@ class _Said:
     Attributes
     ----------
     whole : bool
-        Whether all of it was read: it may be longer than is kept.
+        Whether all of it was read: it may break off, or be longer than is kept.
+    text : str
+        What it says; "" if it is not whole, or says nothing in words.
     ended : bool
         Whether the model ended by itself.
     """
@@ -297,30 +299,22 @@ class _Said:
 
 
 async def _said(response: httpx.Response) -> _Said:
-    """Read an answer.
-
-    Raises
-    ------
-    UpstreamFailed
-        If it breaks off.
-    """
+    """Read an answer, as far as it comes and is kept."""
     reader = UsageReader(response.headers.get("content-type", ""), text=True)
-    raw = bytearray()
+    raw, whole = bytearray(), False
     try:
         async for chunk in response.aiter_raw():
             raw += chunk
             reader.feed(chunk)
             if len(raw) > _MOST_BYTES:
                 break
+        else:
+            whole = True
     except httpx.HTTPError as error:
-        raise UpstreamFailed(
-            f"the weak model broke off ({type(error).__name__})",
-            status=502,
-            code="upstream_broke_off",
-        ) from error
+        log.warning("an answer of the weak model broke off (%s)", type(error).__name__)
     finally:
         await response.aclose()
-    usage, whole = reader.end(), len(raw) <= _MOST_BYTES
+    usage = reader.end()
     return _Said(response, bytes(raw), whole, reader.text if whole else "", reader.ended, usage)
 
 

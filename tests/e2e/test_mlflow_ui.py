@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,7 +16,7 @@ import pytest
 
 from registry import view
 from tests.support.browser import browser
-from tests.support.servers import Server, free_port
+from tests.support.servers import mlflow_over
 
 # the one retraining that they look at may be long in the making, on a busy machine
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -51,20 +50,9 @@ def store(home):
 @pytest.fixture(scope="module")
 def url(home, tmp_path_factory):
     """An MLflow server over that store, as `mlflow ui` starts it."""
-    port = free_port()
-    root = f"http://127.0.0.1:{port}"
-    server = Server(
-        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}"],
-        ready=lambda: urllib.request.urlopen(f"{root}/health", timeout=5).close(),
-        url=root, folder=tmp_path_factory.mktemp("ui"),
-        environment={
-            **os.environ, "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        },
-    )  # fmt: skip
-    with server:
-        yield root
+    folder = tmp_path_factory.mktemp("ui")
+    with mlflow_over(f"sqlite:///{home / 'mlflow.db'}", folder) as server:
+        yield server.url
 
 
 @pytest.fixture(scope="module")

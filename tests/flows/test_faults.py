@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -29,7 +28,7 @@ from tests.support.prefect_server import client_of, prefect_server
 from tests.support.retrained import result
 from tests.support.retrainings import retrainings
 from tests.support.s3_proxy import s3_proxy
-from tests.support.servers import Server, _get, free_port, moto_s3
+from tests.support.servers import mlflow_over, moto_s3
 from tests.support.words_endpoint import words_endpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -345,17 +344,12 @@ def test_mlflow_stands_still_for_ten_seconds(place, database, undisturbed, expec
     folder = place[0] / "mlflow"
     folder.mkdir()
     shutil.copy(database, folder / "mlflow.db")
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    server = Server(
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-         "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
-         "--artifacts-destination", str(folder / "artifacts")],
-        ready=lambda: _get(f"{url}/health"), url=url, folder=folder,
-        environment=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+    server = mlflow_over(
+        f"sqlite:///{folder}/mlflow.db", folder,
+        "--artifacts-destination", str(folder / "artifacts"),
     )  # fmt: skip
     with server:
-        home = Home(place, "frozen", tracking_uri=url)
+        home = Home(place, "frozen", tracking_uri=server.url)
         run = home.start("random")
         at(run, *moments(by_router(undisturbed)[0], 1, rng, ("augment", "register")))
         os.killpg(server._process.pid, signal.SIGSTOP)

@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from routellm.errors import UsageError
+from routellm.gateway import cascade
 from routellm.gateway.app import create_app
 from routellm.gateway.key_file import add_key
 from routellm.gateway.server import running
@@ -262,6 +263,20 @@ def test_where_weak_fails_strong_answers(both):
     answer = both.ask()
     assert answer.content == BEST.chunks[0]
     assert answer.headers["x-routellm-stood-in"] == "weak failed: upstream_500"
+
+
+def test_where_weaks_answer_breaks_off_or_is_too_long_strong_is_asked(both, monkeypatch):
+    half = GOOD.chunks[0][:40]
+    headers = {"content-type": "application/json", "content-length": str(len(GOOD.chunks[0]))}
+    both.weak.say(scripted.Reply([half], headers=headers, breaks_off=True))
+    answer = both.ask()
+    assert answer.content == BEST.chunks[0]
+    assert "no text to look at" in answer.headers["x-routellm-reason"]
+    monkeypatch.setattr(cascade, "_MOST_BYTES", 50)
+    both.weak.say(GOOD)
+    assert both.ask().content == BEST.chunks[0]
+    both.strong.say(FAILS)  # half an answer never stands in
+    assert both.ask().status_code == 500
 
 
 def test_what_weak_refuses_is_the_callers_to_hear(both):

@@ -23,19 +23,28 @@ BOTH = ("openai", "anthropic")
 
 
 @contextlib.contextmanager
-def gateway(home, strong, weak, *, source=None, seen=None, speaks=BOTH, **settings):
-    options = GatewaySettings(
-        strong=Upstream(base_url=f"{strong}/v1", model="big", api_key="sk-strong", speaks=speaks),
-        weak=Upstream(base_url=f"{weak}/v1", model="small", api_key="sk-weak", speaks=speaks),
-        poll_s=0.1,
-        **settings,
-    )
-    prices = {"big": Price(input=10.0, output=30.0), "small": Price(input=1.0, output=1.0)}
+def gateway(home, strong, weak, *, speaks=BOTH, **more):
+    ends = {
+        "strong": Upstream(
+            base_url=f"{strong}/v1", model="big", api_key="sk-strong", speaks=speaks
+        ),
+        "weak": Upstream(base_url=f"{weak}/v1", model="small", api_key="sk-weak", speaks=speaks),
+    }
+    with gateway_of(home, **ends, **more) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def gateway_of(home, *, source=None, seen=None, **settings):
     app = create_app(
-        options,
+        GatewaySettings(poll_s=0.1, **settings),
         source or Versions(v1=bundle(1)),
         home=home,
-        money=Money(prices, 100.0, 100.0),
+        money=Money(
+            {"big": Price(input=10.0, output=30.0), "small": Price(input=1.0, output=1.0)},
+            100.0,
+            100.0,
+        ),
         observers=[] if seen is None else [seen.append],
     )
     with running(app) as url:

@@ -13,14 +13,13 @@ import openai
 import pytest
 
 from routellm.errors import GatewayError, UsageError
-from routellm.gateway.app import create_app
 from routellm.gateway.litellm import LiteLLMTransport
 from routellm.gateway.litellm_errors import failed, transport_error
 from routellm.gateway.server import running
-from routellm.settings import GatewaySettings, Upstream
+from routellm.settings import Upstream
 from tests.conftest import REPOSITORY
-from tests.gateway.test_faithful import ASK, RESPONSE, client, told
-from tests.gateway.test_gateway import Versions, bundle, wait_for
+from tests.gateway.test_faithful import ASK, RESPONSE, client, gateway_of, told
+from tests.gateway.test_gateway import wait_for
 from tests.support import upstream as scripted
 from tests.support.litellm import needs_litellm
 from tests.support.upstream import CHAT, Reply, chat_chunk, json_reply, stream_reply
@@ -35,20 +34,11 @@ CLAUDE = "anthropic/claude-sonnet-4-5"
 
 @contextlib.contextmanager
 def gateway(home, strong, weak, *, big=BIG, small=SMALL, seen=None, **settings):
-    options = GatewaySettings(
-        strong=Upstream(via="litellm", base_url=strong, model=big, api_key="sk-planted-strong"),
-        weak=Upstream(via="litellm", base_url=weak, model=small, api_key="sk-planted-weak"),
-        poll_s=0.1,
-        retry_wait_s=0.01,
-        **settings,
-    )
-    app = create_app(
-        options,
-        Versions(v1=bundle(1)),
-        home=home,
-        observers=[] if seen is None else [seen.append],
-    )
-    with running(app) as url:
+    ends = {
+        "strong": Upstream(via="litellm", base_url=strong, model=big, api_key="sk-planted-strong"),
+        "weak": Upstream(via="litellm", base_url=weak, model=small, api_key="sk-planted-weak"),
+    }
+    with gateway_of(home, seen=seen, retry_wait_s=0.01, **ends, **settings) as url:
         yield url
 
 

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 
 import httpx
 import pytest
@@ -39,7 +38,7 @@ from tests.gateway.test_faithful import ASK, gateway
 from tests.gateway.test_gateway import Versions, bundle, wait_for
 from tests.support import upstream as scripted
 from tests.support.gateway_process import SECRET, gateway_process
-from tests.support.servers import Server, free_port
+from tests.support.servers import free_port, mlflow_over
 from tests.support.upstream import CHAT, chat_chunk, json_reply, stream_reply
 
 PROMPT = "my secret plan for tomorrow"
@@ -406,18 +405,8 @@ def test_a_collector_that_is_away_costs_a_request_nothing_and_a_stop_a_moment():
 def test_mlflow_takes_the_traces_of_a_gateway(tmp_path, monkeypatch):
     import mlflow
 
-    port = free_port()
-    root = f"http://127.0.0.1:{port}"
-    server = Server(
-        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", f"sqlite:///{tmp_path / 'mlflow.db'}"],
-        ready=lambda: urllib.request.urlopen(f"{root}/health", timeout=5).close(),
-        url=root, folder=tmp_path,
-        environment={
-            **os.environ, "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        },
-    )  # fmt: skip
+    server = mlflow_over(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path)
+    root = server.url
     up = scripted.Upstream(json_reply(CHAT))
     seen = []
     with server, running(up.app) as behind, gateway(tmp_path, behind, behind, seen=seen) as url:

@@ -1,7 +1,6 @@
 """Moves that are cut short: kill -9 at every step, MLflow away before, during and after."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import pytest
 from registry import moves
 from routellm.errors import RegistryError
 from tests.support.bare import PROMOTE, bare_registry, bare_settings, promote, whole, works
-from tests.support.servers import Server, _get, free_port
+from tests.support.servers import mlflow_over
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # on a busy machine
 
@@ -52,14 +51,8 @@ def server(tmp_path):
     store = bare_settings(home).resolved_tracking_uri
     folder = tmp_path / "server"
     folder.mkdir()
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--workers", "1", "--backend-store-uri", store]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    with Server(
-        command, ready=lambda: _get(f"{url}/health"), url=url, folder=folder, stop=signal.SIGKILL
-    ) as running:
+    to = ("--artifacts-destination", str(folder / "artifacts"))
+    with mlflow_over(store, folder, *to) as running:
         yield running
 
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,25 +198,41 @@ def moto_s3() -> Iterator[Bucket]:
             yield bucket
 
 
+def mlflow_over(
+    store: str, folder: Path, *options: str, environment: Mapping[str, str] | None = None
+) -> Server:
+    """Return `mlflow server` over a store, to be started; `folder` holds its log.
+
+    Parameters
+    ----------
+    options : str
+        Further words of the command line.
+    environment : dict, optional
+        By default this process's.
+    """
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    return Server(
+        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+         "--workers", "1", "--backend-store-uri", store, *options],
+        ready=lambda: _get(f"{url}/health"), url=url, folder=folder,
+        environment={
+            **(os.environ if environment is None else environment),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        },
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
-def mlflow_server(backend_uri: str, artifacts: Bucket, *, workers: int = 1) -> Iterator[Server]:
+def mlflow_server(backend_uri: str, artifacts: Bucket) -> Iterator[Server]:
     """Run `mlflow server` over a database and a bucket; clients reach artifacts through it."""
     own = ("MLFLOW_", "AWS_", "ROUTELLM_", "PREFECT_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(own)}
-    environment |= artifacts.environment | {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
+    options = ("--serve-artifacts", "--artifacts-destination", f"s3://{artifacts.name}")
     with _temporary_folder() as folder:
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
-        server = Server(
-            [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-             "--workers", str(workers), "--backend-store-uri", backend_uri,
-             "--serve-artifacts", "--artifacts-destination", f"s3://{artifacts.name}"],
-            ready=lambda: _get(f"{url}/health"), url=url, folder=folder, environment=environment,
-        )  # fmt: skip
-        with server:
+        both = environment | artifacts.environment
+        with mlflow_over(backend_uri, folder, *options, environment=both) as server:
             yield server
 
 
