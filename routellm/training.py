@@ -23,6 +23,7 @@ from routellm.label_weights import (
     unweighted,
     weigh,
 )
+from routellm.routers import several_devices
 from routellm.routers.base import FitReport, Pair, Router, TrainingBattles, make_router
 from routellm.routers.platt import calibrated
 from routellm.settings import Settings
@@ -237,8 +238,8 @@ def train(
     `checkpoint` is a folder that is this training's own (see `Router.fit`).
     """
     router = make_router(kind, encoder, battles.pair, options)
-    report = router.fit(
-        battles, rng=np.random.default_rng(seed), progress=progress, checkpoint=checkpoint
+    report = several_devices.fit(
+        router, battles, rng=np.random.default_rng(seed), progress=progress, checkpoint=checkpoint
     )
 
     def again(others: TrainingBattles) -> Router:

@@ -77,6 +77,9 @@ class BertOptions(RouterOptions):
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N"
     )
+    devices: int = Field(
+        1, ge=1, le=64, description="GPUs of one machine that share each step of a training"
+    )
     mixed_precision: bool = Field(True, description="train in bfloat16 on CUDA")
 
 

@@ -93,6 +93,9 @@ class CausalLLMOptions(RouterOptions):
         "auto", description="auto computes in bfloat16 on CUDA, in float32 elsewhere"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it is computed")
+    devices: int = Field(
+        1, ge=1, le=64, description="GPUs of one machine that share each step of a training"
+    )
     lora: bool = Field(True, description="train LoRA matrices; off trains every weight")
     lora_rank: int = Field(16, ge=1, description="rank of the LoRA matrices")
     lora_alpha: float = Field(32.0, gt=0, description="LoRA's scale, divided by the rank")

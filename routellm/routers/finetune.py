@@ -8,6 +8,7 @@ on to the same weights. A kind says what is learnt (`Learner`) and how it goes (
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ from numpy.typing import NDArray
 from routellm.embeddings.base import Progress
 from routellm.errors import TrainingError
 from routellm.routers.checkpoint import Checkpoint, copied, resumable, resume
+from routellm.routers.several_devices import Group
 
 log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
+_APART = 1_000_003  # between the seeds of processes: none draws another one's dropout
 WINDOW = 32  # batches among which examples of like length are put together
 
 # --- what a training is --------------------------------------------------------------------------
@@ -150,6 +153,8 @@ def finetune(
     import torch
 
     started = time.monotonic()
+    together = Group.here()  # of several processes, where several devices share the training
+    first = together is None or together.rank == 0
     module, parameters, optimizer = learner.module, learner.parameters, learner.optimizer
     history: dict[str, list[float]] = {"train_loss": [], "validation_loss": []}
     losses = history["validation_loss"]
@@ -174,7 +179,9 @@ def finetune(
             group["lr"] = course.rate(done)
 
         module.train()
-        value, most = _gradient_that_fits(learner, steps[at], most, course, done)
+        value, most = _gradient_that_fits(learner, steps[at], most, course, done, together)
+        if together:
+            value = together.add(parameters, value)
         done, total = done + 1, total + value
         if not np.isfinite(value):
             raise course.diverged(done, "training", value)
@@ -184,7 +191,8 @@ def finetune(
         evaluates = done % course.evaluate_every == 0 or done == course.steps
         if evaluates:
             module.eval()
-            validation = learner.validate()
+            validate = learner.validate
+            validation = together.from_first(validate) if together else validate()
             if not np.isfinite(validation):
                 raise course.diverged(done, "validation", validation)
             history["train_loss"].append(total / ((done - 1) % course.evaluate_every + 1))
@@ -192,7 +200,7 @@ def finetune(
             total = 0.0
             if since_best(losses) == 0:
                 best = copied(parameters, "")
-        if checkpoint and (evaluates or done % course.checkpoint_every == 0):
+        if checkpoint and first and (evaluates or done % course.checkpoint_every == 0):
             spent_s = earlier_s + time.monotonic() - started
             tensors = resumable(parameters, best, optimizer)
             tensors["total"] = torch.tensor(total, dtype=torch.float64)
@@ -215,20 +223,30 @@ def finetune(
 
 
 def _gradient_that_fits(
-    learner: Learner, passes: list[Rows], most: int, course: Course, step: int
+    learner: Learner, passes: list[Rows], most: int, course: Course, step: int, group: Group | None
 ) -> tuple[float, int]:
     """Do as `_gradient`, in as small passes as the CUDA device's memory asks for.
+
+    In a group, of this process's part of the rows.
 
     Returns the loss, and how many rows a pass may have from now on (0: any). The gradients of a
     step's passes add up to the same, however it is cut.
     """
     import torch
 
+    examples, seed = float(sum(map(len, passes))), course.seed + step
+    if group:
+        seed += _APART * group.rank
+        shared = [rows[group.rank :: group.size] for rows in passes]
+        if any(map(len, shared)):
+            passes = [rows for rows in shared if len(rows)]
+        else:  # fewer rows than processes: a gradient of nothing, in the same shape as the others'
+            passes, examples = [passes[0][:1]], math.inf
     while True:
         cut = _cut(passes, most)
-        torch.manual_seed(course.seed + step)
+        torch.manual_seed(seed)
         try:
-            return _gradient(learner, cut), most
+            return _gradient(learner, cut, examples), most
         except torch.OutOfMemoryError as error:
             rows = max(map(len, cut))
             if rows == 1:
@@ -254,10 +272,12 @@ def _cut(passes: list[Rows], most: int) -> list[Rows]:
     return [rows[i : i + most] for rows in passes for i in range(0, len(rows), most)]
 
 
-def _gradient(learner: Learner, passes: list[Rows]) -> float:
-    """Leave the gradient of a step's mean loss on the parameters, and return the loss."""
+def _gradient(learner: Learner, passes: list[Rows], examples: float) -> float:
+    """Leave the gradient of what these rows add to a step's mean loss, and return what they add.
+
+    `examples` is how many rows the step has.
+    """
     learner.optimizer.zero_grad()
-    examples = sum(map(len, passes))
     value: Any = 0.0
     for rows in passes:
         loss = learner.loss(rows) / examples

@@ -298,12 +298,20 @@ def test_who_trains_on_a_cuda_device_holds_it_under_the_servers_limit(
 
     with device.device("bert", plan, settings):
         assert held() == 0  # on a CPU
-    monkeypatch.setattr(device, "trains_on_cuda", lambda options, kind: kind == "bert")
+    wanted = {"bert": 1}
+    monkeypatch.setattr(device, "devices_of", lambda options, kind: wanted.get(kind, 0))
     with device.device("knn", plan, settings):
         assert held() == 0
     with device.device("bert", plan, settings):
         assert held() == 1
     assert held() == 0
+    wanted["bert"] = 2
+    with (
+        pytest.raises(UsageError, match=r"bert\.devices is 2, and workers\.gpus .* 1 at once"),
+        device.device("bert", plan, settings),
+    ):
+        raise AssertionError("nobody takes more than there are")
+    wanted["bert"] = 1
     monkeypatch.setattr(device, "LIMIT", "no-such-limit")
     with (
         pytest.raises(UsageError, match=r"no CUDA device could be taken .* run `routellm deploy`"),
