@@ -63,7 +63,8 @@ class PoolPolicy:
                 )
         self._usd = np.array(usd, dtype=np.float64)
         self._lane = Lane("score-pool", _WAITING, settings.routing_timeout_s)
-        self._pool: tuple[Serving, Pool] | None = None  # of the version that serves
+        # of the version that serves: its pool, or why it has none
+        self._pool: tuple[Serving, Pool | UsageError] | None = None
 
     def close(self) -> None:
         self._lane.close()
@@ -99,5 +100,11 @@ class PoolPolicy:
         if self._pool is None or self._pool[0] is not serving:
             pair = serving.bundle.pair
             names = (pair.weak, pair.strong, *self._routes[2:])
-            self._pool = serving, Pool(serving.bundle.router, names)
-        return self._pool[1]
+            try:
+                self._pool = serving, Pool(serving.bundle.router, names)
+            except UsageError as error:  # found out once: the version stays as it is
+                self._pool = serving, error
+        found = self._pool[1]
+        if isinstance(found, UsageError):
+            raise found
+        return found

@@ -230,7 +230,8 @@ def number(name: str, raw: Any) -> float:
         except (ValueError, OverflowError):
             value = math.nan
     if name in ("max_usd", COST_WEIGHT):
-        good, allowed = 0.0 <= value < math.inf, "of 0 or more"
+        good = 0.0 <= value < math.inf
+        allowed = "dollars, 0 or more" if name == "max_usd" else "of 0 or more"
     else:
         good, allowed = 0.0 <= value <= 1.0, "in [0, 1]"
     if not good:

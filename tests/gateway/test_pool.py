@@ -85,6 +85,7 @@ class Served:
 
 @contextlib.contextmanager
 def served(home, source, *, prices=PRICES, pool=("mid",), feedback=None, **settings):
+    settings = {"routing_timeout_s": 60.0, **settings}  # the first look at a kind loads it
     ups = {name: scripted.Upstream(json_reply({**CHAT, "model": name}))
            for name in ("big", "mid", "small")}  # fmt: skip
     with contextlib.ExitStack() as stack:
