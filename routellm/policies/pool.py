@@ -41,10 +41,8 @@ class PoolRouter(Policy):
 
     encoder: Encoder
     seed: int = 0
-    chosen: str = field(default="", init=False)
     models: tuple[str, ...] = field(default=(), init=False)
     _usd: Floats = field(default_factory=lambda: np.empty(0), init=False)
-    _model: Any = field(default=None, init=False)
 
     def fit(self, table: Recorded, held: Recorded) -> None:
         if len(table) < MIN_ROWS:
@@ -104,15 +102,17 @@ class KindPool(PoolRouter):
         self.models = (cheapest, *(one for one in table.models if one != cheapest))
         self._usd = self._usd[[table.models.index(one) for one in self.models]]
         self._pool = Pool(own.router, self.models)
-        self.chosen = self.kind
 
     def predict(self, prompts: Sequence[str]) -> Floats:
         assert self._pool is not None, "fit it first"
         return self._pool.quality(prompts)
 
 
+@dataclass
 class RegressionPool(PoolRouter):
     """A regression from a prompt's embedding to every model's score, chosen by cross-validation."""
+
+    _model: Any = field(default=None, init=False)
 
     def learn(self, table: Recorded, held: Recorded) -> None:
         vectors = self.encoder.encode(table.prompts)
@@ -120,8 +120,8 @@ class RegressionPool(PoolRouter):
             name: _foretold(model, vectors, table.quality, self.seed)
             for name, model in self.candidates(len(table)).items()
         }
-        self.chosen = min(error, key=lambda name: error[name])
-        self._model = self.candidates(len(table))[self.chosen].fit(vectors, table.quality)
+        chosen = min(error, key=lambda name: error[name])
+        self._model = self.candidates(len(table))[chosen].fit(vectors, table.quality)
 
     @abstractmethod
     def candidates(self, n: int) -> dict[str, Any]:
