@@ -68,3 +68,18 @@ def test_commands_that_are_not_run_here_still_name_verbs_and_options_that_exist(
             assert option in shown.output, (page, line)
         checked += 1
     assert checked > 3
+
+
+def test_every_benchmark_that_a_page_names_can_be_run():
+    pages = [*REPOSITORY.glob("docs/*.md"), REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md"]
+    named = {
+        module
+        for page in pages
+        for module in re.findall(r"python -m benchmarks\.([a-z_]+)", page.read_text())
+    }
+    assert len(named) > 5
+    for module in named:
+        file = REPOSITORY / "benchmarks" / f"{module}.py"
+        if not file.exists():
+            file = REPOSITORY / "benchmarks" / module / "__main__.py"
+        assert '__name__ == "__main__"' in file.read_text(), module
