@@ -292,6 +292,18 @@ class Registry:
         """Load the version that `ref` names (a `RouterSource`)."""
         return self.bundle(self.get(ref.version), cache_path=self.settings.embeddings_path)
 
+    def log_to(self, experiment: str) -> None:
+        """Let runs that begin from here on belong to an experiment, which is made if need be."""
+        import mlflow
+
+        if self.client.get_experiment_by_name(experiment) is None:
+            # a server keeps artifacts itself; a bare database would leave them where it is run
+            served = self.settings.resolved_tracking_uri.startswith(("http://", "https://"))
+            local = None if served else (self.settings.home / "mlartifacts").resolve().as_uri()
+            with _made_just_now():
+                self.client.create_experiment(experiment, artifact_location=local)
+        mlflow.set_experiment(experiment)
+
     # --- inside ----------------------------------------------------------------------------
 
     def _registered_model(self) -> Any:
@@ -335,16 +347,8 @@ def connect(settings: Settings) -> Registry:
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
         client = mlflow.MlflowClient(uri, uri)
-        if client.get_experiment_by_name(settings.experiment) is None:
-            # a server keeps artifacts itself; a bare database would leave them where it is run
-            served = uri.startswith(("http://", "https://"))
-            local = None if served else (settings.home / "mlartifacts").resolve()
-            with _made_just_now():
-                client.create_experiment(
-                    settings.experiment, artifact_location=local.as_uri() if local else None
-                )
-        mlflow.set_experiment(settings.experiment)
         registry = Registry(settings, client)
+        registry.log_to(settings.experiment)
         if registry._registered_model() is None:
             with _made_just_now():
                 client.create_registered_model(

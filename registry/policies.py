@@ -29,7 +29,7 @@ def log_policies(registry: Registry, measured: Sequence[Measured], table: Record
     import mlflow
 
     with said(registry.settings):
-        mlflow.set_experiment(f"{registry.settings.experiment}-policies")
+        registry.log_to(f"{registry.settings.experiment}-policies")
         with mlflow.start_run(run_name=f"policies on {table.name}") as parent:
             mlflow.set_tags({"role": "policies", "table": table.name})
             mlflow.log_params(

@@ -71,6 +71,8 @@ def test_every_policy_is_measured_drawn_and_logged(tmp_path, tables, monkeypatch
     uri = f"sqlite:///{home / 'mlflow.db'}"
     client = mlflow.MlflowClient(uri, uri)
     (experiment,) = (e for e in client.search_experiments() if e.name == "routellm-policies")
+    # a bare database would leave the figure in the folder that the command was run in
+    assert experiment.artifact_location == (home / "mlartifacts").as_uri()
     runs = client.search_runs([experiment.experiment_id], "tags.role = 'policy'")
     assert {run.data.tags["policy"] for run in runs} == {*found, "zero router", "oracle"}
     knn = next(run for run in runs if run.data.tags["policy"] == "knn on a pair")

@@ -32,6 +32,17 @@ def test_imports_point_one_way(package):
         assert not set(imports(path)) & ARROWS[package], path
 
 
+def test_the_top_level_holds_nothing_new():
+    said = subprocess.run(
+        ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    found = {name.split("/")[0] for name in said.stdout.splitlines()}
+    ours = {*ARROWS, "tests", "deploy", "pyproject.toml", "README.md"}
+    beside = {"benchmarks", "docs", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"}
+    tools = {".ci", ".gitignore", "Makefile", "requirements.lock"}
+    assert found == ours | beside | tools
+
+
 def test_nothing_unpickles():
     for package in ARROWS:
         for path in (REPOSITORY / package).rglob("*.py"):
