@@ -177,6 +177,10 @@ class Canary(Check):
             outcome = "fail"
         elif seen.requests < wanted:
             outcome, said = "unsure", f"{said}; {wanted:,} are wanted"
+        if seen.strong_fraction is not None and seen.asked_fraction is not None:
+            said += (
+                f"; strong for {seen.strong_fraction:.0%} where {seen.asked_fraction:.0%} was asked"
+            )
         yield CheckResult(self.name, outcome, share, threshold=limit, n=seen.requests, detail=said)
 
 

@@ -31,8 +31,6 @@ if TYPE_CHECKING:  # most verbs load no router
     from routellm.bundle import Bundle
     from routellm.evaluation.evaluate import Evaluation
 
-_said = said  # the name that registry.log knows it by
-
 
 @dataclass(frozen=True)
 class VersionInfo:
@@ -115,7 +113,7 @@ class Registry:
 
         from routellm.evaluation.evaluate import Evaluation
 
-        with _said(self.settings):
+        with said(self.settings):
             experiment = self.client.get_experiment_by_name(self.settings.experiment)
             if experiment is None:
                 return None
@@ -156,7 +154,7 @@ class Registry:
 
         from routellm.bundle import load_bundle
 
-        with _said(self.settings):
+        with said(self.settings):
             folder = mlflow.artifacts.download_artifacts(f"models:/{self.model}/{version.version}")
         return load_bundle(Path(folder) / "artifacts" / "bundle", cache_path=cache_path)
 

@@ -9,7 +9,9 @@ interval decides as follows, where ``margin`` is what must be gained, or minus w
     else             unsure
 
 So identical routers, whose interval is [0, 0], fail. Two that differ and are equally good are
-mostly unsure, and pass by chance half as often as the interval is wrong (2.5 % at 95 %).
+mostly unsure, and pass by chance half as often as the interval is wrong (2.5 % at 95 %). Where the
+candidate is the best of k, each of them had that chance: the lower end is then so wide that all k
+together have no more of it (Bonferroni).
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ _SEED = 0  # the same evidence gives the same verdict
 
 
 class Gain(Check):
-    """The candidate is surely better on the primary benchmark."""
+    """The candidate is surely better on the primary benchmark, also as the best of several."""
 
     name = "delta_apgr"
     compares = True
@@ -52,14 +54,17 @@ class Gain(Check):
         except BenchmarkError as error:
             yield CheckResult(self.name, "unsure", n=len(paired), detail=str(error))
             return
-        low, high = _interval(deltas, how.confidence)
+        among = evidence.chosen_among
+        low, _ = _interval(deltas, _shared(how.confidence, among))
+        _, high = _interval(deltas, how.confidence)
         outcome: Result = "unsure"
         said = f"does not surely clear {how.margin:g}"
         if low > how.margin:
             outcome, said = "pass", f"surely clears {how.margin:g}"
         elif high <= how.margin:
             outcome, said = "fail", f"surely does not clear {how.margin:g}"
-        detail = f"on {paired.benchmark}, {said}{_noted(paired)}"
+        best = f" as one of {among} trained on these battles" if among > 1 else ""
+        detail = f"on {paired.benchmark}, {said}{best}{_noted(paired)}"
         yield CheckResult(self.name, outcome, value, low, high, how.margin, len(paired), detail)
 
 
@@ -199,7 +204,7 @@ def _no_worse(name: str, paired: Paired, margin: float, of: int, settings: Setti
     except BenchmarkError as error:
         return result("skipped", str(error))
     low, _ = _interval(deltas, how.confidence)
-    _, high = _interval(deltas, 1.0 - (1.0 - how.confidence) / of)
+    _, high = _interval(deltas, _shared(how.confidence, of))
     if draws.no_gap > MAX_NO_GAP:
         return result("skipped", "strong is hardly better than weak here: APGR has no meaning")
     if low > -margin:
@@ -229,6 +234,11 @@ def _deltas(
     )
     value = paired.apgr(paired.candidate) - paired.apgr(paired.champion)
     return value, draws.apgr[1] - draws.apgr[0], draws
+
+
+def _shared(confidence: float, of: int) -> float:
+    """Return how sure each of so many must be, to err together as seldom as one (Bonferroni)."""
+    return 1.0 - (1.0 - confidence) / of
 
 
 def _interval(drawn: Floats, confidence: float) -> tuple[float, float]:

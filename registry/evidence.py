@@ -60,6 +60,9 @@ class Evidence:
         How its retraining kept training and evaluation apart; None if it has not logged it.
     snapshot_validated : str or None
         ``true`` or ``false``, as logged.
+    chosen_among : int
+        Versions that were trained on the candidate's battles for its pair, itself one of them: who
+        takes the best of several by the very prompts of the comparison is favoured by chance.
     load : callable
         Loads the candidate in a clean process and asks it; takes seconds.
     at : datetime
@@ -81,6 +84,7 @@ class Evidence:
     contamination: str | None = None
     snapshot_created_at: datetime | None = None
     snapshot_validated: str | None = None
+    chosen_among: int = 1
     online: Online | None = None
 
     @property
@@ -160,6 +164,7 @@ def gather(
         contamination=run.parent_params.get("contamination"),
         snapshot_created_at=_utc(candidate.tags.get("snapshot_created_at")),
         snapshot_validated=candidate.tags.get("snapshot_validated"),
+        chosen_among=_chosen_among(registry, candidate),
         online=online(settings, candidate.version),
     )
     if champion is not None and _comparable(evidence):
@@ -195,6 +200,14 @@ def _is_ours(registry: Registry, info: VersionInfo) -> bool:
     with said(registry.settings):
         found = or_none(lambda: registry.client.get_model_version(registry.model, info.version))
     return found is not None and found.run_id == info.run_id
+
+
+def _chosen_among(registry: Registry, candidate: VersionInfo) -> int:
+    def what(info: VersionInfo) -> tuple[str | None, ...]:
+        return tuple(info.tags.get(name) for name in ("snapshot", "strong", "weak"))
+
+    alike = (v for v in registry.versions() if what(v) == what(candidate))
+    return max(1, sum(v.kind != "random" for v in alike))  # `random` is there to be compared with
 
 
 def _primary(asked: str, evaluations: dict[str, Evaluation]) -> str:

@@ -1,8 +1,10 @@
-"""What a challenger did online, summed over the gateways that share a home.
+"""What a challenger did online, summed over the gateways that share a home or a feedback store.
 
-Gateways write counts to ``<home>/online/`` (`routellm.gateway.evidence`), one file per process and
-version. Files of processes that have ended stay, since their counts still count; `forget_deleted`
-removes those of versions that the registry no longer has.
+Gateways write counts (`routellm.gateway.evidence`), one document per process and version, to
+``<home>/online/`` and, where the feedback store is a server's, there too. What is in both is taken
+once, as the file has it, which is the later. Documents of processes that have ended stay, since
+their counts still count; `forget_deleted` removes those of versions that the registry no longer
+has.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from routellm.errors import RegistryError
+from routellm.feedback import store_url
+from routellm.feedback.store import FeedbackStore
 from routellm.gateway.evidence import BOUNDS_MS, FORMAT, Counts, Record, median_ms
 from routellm.settings import Settings
 
@@ -76,7 +80,9 @@ def online(settings: Settings, version: str) -> Online | None:
     Raises
     ------
     RegistryError
-        If a file of its counts is damaged.
+        If a document of its counts is damaged.
+    FeedbackUnreachable
+        If the feedback store does not answer.
     """
     records = [r for r in _records(settings, version) if r.model == settings.model]
     if not records:
@@ -109,19 +115,20 @@ def forget_deleted(settings: Settings, versions: Collection[str]) -> int:
     versions : collection of str
         Every version that the registered model has now.
     """
-    removed = 0
-    for path in _folder(settings).glob("*.json"):
-        if path.name.split(".")[0] in versions:
-            continue
-        record = _read(path)
-        if record is not None and record.model == settings.model:
-            path.unlink(missing_ok=True)
-            removed += 1
+    gone = set()
+    for name, where, text in _documents(settings):
+        if name.split(".")[0] not in versions and _parsed(text, where).model == settings.model:
+            gone.add(name)
+    for name in gone:
+        (_folder(settings) / name).unlink(missing_ok=True)
+    with _store(settings) as store:
+        if store is not None and gone:
+            store.remove_online(gone)
     for rest in _folder(settings).glob(".*.json.*"):  # of a process killed while it wrote
         with contextlib.suppress(FileNotFoundError):  # written to its end just now
             if time.time() - rest.stat().st_mtime > _UNFINISHED_S:
                 rest.unlink()
-    return removed
+    return len(gone)
 
 
 def _folder(settings: Settings) -> Path:
@@ -129,23 +136,54 @@ def _folder(settings: Settings) -> Path:
 
 
 def _records(settings: Settings, version: str) -> Iterator[Record]:
+    for name, where, text in _documents(settings):
+        if name.split(".")[0] == version:
+            yield _parsed(text, where)
+
+
+def _documents(settings: Settings) -> Iterator[tuple[str, str, str]]:
+    """Yield name, place and text of every document of counts, each name once."""
+    seen = set()
     for path in sorted(_folder(settings).glob("*.json")):
-        if path.name.split(".")[0] == version and (record := _read(path)) is not None:
-            yield record
+        try:
+            text = path.read_text()
+        except FileNotFoundError:  # another process has removed it just now
+            continue
+        except (OSError, ValueError) as error:
+            raise _damaged(str(path), error) from error
+        seen.add(path.name)
+        yield path.name, str(path), text
+    with _store(settings) as store:
+        documents = {} if store is None else store.online()
+        for name in sorted(documents.keys() - seen):
+            assert store is not None
+            yield name, f"{name} in the feedback store {store.name}", documents[name]
 
 
-def _read(path: Path) -> Record | None:
-    """Read a file; None if another process has removed it just now."""
+@contextlib.contextmanager
+def _store(settings: Settings) -> Iterator[FeedbackStore | None]:
+    """Yield the feedback store, if it is one that gateways elsewhere write to."""
+    store = FeedbackStore(store_url(settings))
+    if not store.is_shared:
+        yield None
+        return
+    with contextlib.closing(store):
+        yield store
+
+
+def _parsed(text: str, where: str) -> Record:
     try:
-        doc = json.loads(path.read_text())
+        doc = json.loads(text)
         record = Record(**{**doc, "counts": Counts(**doc["counts"])})
         if record.format != FORMAT or len(record.counts.latency) != len(BOUNDS_MS) + 1:
             raise ValueError(f"format {record.format}, expected {FORMAT}")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RegistryError(
-            f"{path} holds no online counts ({type(error).__name__}: {error}): delete it; what it "
-            "counted is lost"
-        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(where, error) from error
     return record
+
+
+def _damaged(where: str, error: Exception) -> RegistryError:
+    return RegistryError(
+        f"{where} holds no online counts ({type(error).__name__}: {error}): delete it; what it "
+        "counted is lost"
+    )

@@ -181,7 +181,7 @@ def history(
         else:
             out.print(
                 f"version [bold]{entry.to}[/] was serving at {when:%Y-%m-%d %H:%M} UTC, since "
-                f"{entry.at}: {entry.reason}",
+                f"{entry.since}: {entry.reason}",
                 soft_wrap=True,
             )
         return

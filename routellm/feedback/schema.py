@@ -68,6 +68,13 @@ STEPS: tuple[tuple[str, ...], ...] = (
     ),
     # the monitor reads the latest decisions, every few minutes
     ("CREATE INDEX feedback_decisions_at ON feedback_decisions (at_us)",),
+    # what challengers did: one row a gateway process and version, rewritten while it counts
+    (
+        """CREATE TABLE feedback_online (
+            name TEXT PRIMARY KEY,
+            counts TEXT NOT NULL
+        )""",
+    ),
 )
 
 # taken steps; made outside of the steps, since it says which to take
@@ -103,6 +110,7 @@ judgements = Table(
     *(_text(name) for name in ("id", "decision_id", "kind", "value", "judge")),
     Column("at_us", BigInteger),
 )
+online = Table("feedback_online", _metadata, _text("name"), _text("counts"))
 duels = Table(
     "feedback_duels",
     _metadata,

@@ -1,7 +1,8 @@
 """The feedback store: an SQLite file or a PostgreSQL database that rows are added to.
 
-Rows are never changed. They are removed in two cases: a prompt whose time is over (`purge`), and
-all that there is of a user who is to be forgotten (`forget`).
+Rows are never changed, but for the counts of challengers (`keep_online`), which grow. They are
+removed in three cases: a prompt whose time is over (`purge`), all that there is of a user who is to
+be forgotten (`forget`), and counts of versions that are gone (`remove_online`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import hashlib
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy as sa
 import sqlalchemy.dialects.postgresql
@@ -168,6 +169,38 @@ class FeedbackStore:
                 for table in tables
             }
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether it is a server's, which machines that have nothing else in common can reach."""
+        return self._url.drivername != "sqlite"
+
+    def keep_online(self, counts: Mapping[str, str]) -> None:
+        """Put documents of counts under names that are one gateway process's, over older ones.
+
+        Raises
+        ------
+        FeedbackUnreachable
+            If the store does not answer.
+        FeedbackError
+            If it refuses.
+        """
+        with self._writing() as connection:
+            for name, text in counts.items():
+                row = {"name": name, "counts": text}
+                connection.execute(_insert(connection, schema.online, over="name"), row)
+
+    def online(self) -> dict[str, str]:
+        """Return all documents of counts, by name."""
+        with self._reading() as connection:
+            rows = connection.execute(sa.select(schema.online))
+            return {row.name: row.counts for row in rows}
+
+    def remove_online(self, names: Collection[str]) -> None:
+        """Remove documents of counts."""
+        with self._writing() as connection:
+            o = schema.online
+            connection.execute(sa.delete(o).where(o.c.name.in_(names)))
+
     def purge(self, now: datetime, keep_days: float) -> int:
         """Remove prompts that are older than so many days; returns how many.
 
@@ -279,11 +312,14 @@ class FeedbackStore:
             ) from error
 
 
-def _insert(connection: Connection, table: sa.Table) -> sa.Insert:
-    # the two dialects' `insert` are different functions with this one method
-    if connection.dialect.name == "postgresql":
-        return sa.dialects.postgresql.insert(table).on_conflict_do_nothing()
-    return sa.dialects.sqlite.insert(table).on_conflict_do_nothing()
+def _insert(connection: Connection, table: sa.Table, *, over: str | None = None) -> sa.Insert:
+    """Return an insert that leaves a row that is there, or replaces the one with its key `over`."""
+    # the two dialects' `insert` are different functions with the same methods
+    insert: Any = getattr(sa.dialects, connection.dialect.name).insert(table)
+    if over is None:
+        return cast(sa.Insert, insert.on_conflict_do_nothing())
+    new = {column.name: column for column in insert.excluded if column.name != over}
+    return cast(sa.Insert, insert.on_conflict_do_update(index_elements=[over], set_=new))
 
 
 def _salt(connection: Connection) -> bytes:

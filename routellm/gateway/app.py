@@ -59,7 +59,8 @@ def create_app(
         What the champion's and the challenger's alias point at; the second is needed unless
         ``settings.challenger`` is off.
     home : Path
-        Where the last good copy and the online evidence are kept.
+        Where the last good copy and the online evidence are kept; evidence goes to the feedback
+        store too, where that is a server's.
     money : Money, optional
         Prices; without them no dollars are told.
     observers : sequence of Observer
@@ -73,7 +74,9 @@ def create_app(
         If an upstream is not set, a challenger is wanted and has no source, traces cannot be sent,
         or a scorer cannot be read.
     """
-    gateway = Gateway(settings, source, home, challenger, money)
+    store = feedback.writer.store if feedback is not None else None
+    shared = store if store is not None and store.is_shared else None
+    gateway = Gateway(settings, source, home, challenger, money, shared)
     upstreams = Upstreams(settings, gateway.metrics)
     keys, limits = Keys(home / "keys.json"), Limits(home / "spend.db")
     told = [gateway.metrics.seen, *observers]
@@ -100,12 +103,12 @@ def create_app(
         if takes is not None:
             await asyncio.to_thread(takes.writer.start)
         yield
+        await asyncio.to_thread(gateway.stop)  # its last counts may go to the feedback store
         if takes is not None:
             await takes.end()
         await asyncio.to_thread(cascade.close)
         await upstreams.close()
         limits.close()
-        await asyncio.to_thread(gateway.stop)
         if traces is not None:
             await asyncio.to_thread(traces.stop)
         await asyncio.to_thread(flush_logs)

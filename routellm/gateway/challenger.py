@@ -13,6 +13,7 @@ import queue
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from routellm.embeddings.memory import Encoders
 from routellm.gateway.decide import Scored, on_canary_side
@@ -23,6 +24,9 @@ from routellm.gateway.metrics import Metrics
 from routellm.gateway.source import RouterSource, VersionRef
 from routellm.gateway.targets import QueryPrices, Target
 from routellm.settings import GatewaySettings
+
+if TYPE_CHECKING:
+    from routellm.feedback.store import FeedbackStore
 
 log = logging.getLogger("routellm.gateway")
 
@@ -47,12 +51,13 @@ class Challenger:
         metrics: Metrics,
         encoders: Encoders,
         prices: QueryPrices,
+        store: FeedbackStore | None = None,
     ) -> None:
         self.prices = prices
         self.mode = settings.challenger
         self.fraction = settings.canary_fraction
         self.follower = Follower(source, None, settings.poll_s, encoders)
-        self.evidence = Evidence(home / "online", self.mode)
+        self.evidence = Evidence(home / "online", self.mode, store)
         self.metrics = metrics
         self._lane: tuple[VersionRef, Lane] | None = None
 

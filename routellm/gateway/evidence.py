@@ -2,7 +2,9 @@
 
 One JSON file for each gateway process and version in ``<home>/online/``, rewritten whole every few
 seconds while it changes and at the end. A process that is killed leaves what it wrote last, so its
-last `EVERY_S` seconds are missing and nothing else. `registry.online` sums the files.
+last `EVERY_S` seconds are missing and nothing else. Where the feedback store is a server's, the
+same documents go there too, more seldom: gateways that share no home are then seen together.
+`registry.online` sums them.
 """
 
 from __future__ import annotations
@@ -13,19 +15,26 @@ import logging
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from routellm.feedback.errors import FeedbackError
 from routellm.gateway.source import VersionRef
 from routellm.snapshots import write_atomic
+
+if TYPE_CHECKING:
+    from routellm.feedback.store import FeedbackStore
 
 log = logging.getLogger("routellm.gateway")
 
 FORMAT = 1
 EVERY_S = 2.0  # seconds between two writes: what a kill can cost
+SHARED_EVERY_S = 30.0  # between two writes to the feedback store, which all gateways load
 # upper ends of the latency histogram's bins, 0.05 ms to 27 s: a median is right to a quarter
 BOUNDS_MS = tuple(0.05 * 1.25**i for i in range(60))
 
@@ -83,16 +92,20 @@ class Evidence:
     folder : Path
     mode : str
         shadow or canary.
+    store : FeedbackStore, optional
+        Where the counts go too.
     """
 
-    def __init__(self, folder: Path, mode: str) -> None:
+    def __init__(self, folder: Path, mode: str, store: FeedbackStore | None = None) -> None:
         self.folder = folder
         self.mode = mode
+        self.store = store
         # the same host name and process number can come again, in a container for one
         self.process = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.unwritten = 0  # writes that failed
         self._records: dict[VersionRef, Record] = {}
         self._changed: set[VersionRef] = set()
+        self._unshared: set[VersionRef] = set()
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="evidence", daemon=True)
@@ -106,6 +119,7 @@ class Evidence:
         if self._thread.is_alive():  # a start may be under way in another thread
             self._thread.join(timeout=10)
         self.write()
+        self.share()
 
     def answered(
         self,
@@ -138,19 +152,40 @@ class Evidence:
             self._counts(ref).dropped += 1
 
     def write(self) -> None:
-        """Write the records that changed; never raises."""
-        with self._lock:
-            changed = {ref: json.dumps(asdict(self._records[ref])) for ref in self._changed}
-            self._changed.clear()
-        for ref, text in changed.items():
+        """Write the records that changed to files; never raises."""
+        for ref, text in self._taken(self._changed).items():
             try:
-                write_atomic(self.folder / f"{ref.version}.{self.process}.json", text)
+                write_atomic(self.folder / self._name(ref), text)
             except OSError as error:
-                if not self.unwritten:
-                    log.warning("cannot keep online evidence in %s: %s", self.folder, error)
-                self.unwritten += 1
-                with self._lock:
-                    self._changed.add(ref)
+                self._missed(self._changed, {ref}, str(self.folder), error)
+
+    def share(self) -> None:
+        """Write the records that changed to the store, if there is one; never raises."""
+        if self.store is None:
+            return
+        documents = self._taken(self._unshared)
+        try:
+            self.store.keep_online({self._name(ref): text for ref, text in documents.items()})
+        except FeedbackError as error:
+            self._missed(self._unshared, set(documents), self.store.name, error)
+
+    def _taken(self, changed: set[VersionRef]) -> dict[VersionRef, str]:
+        with self._lock:
+            documents = {ref: json.dumps(asdict(self._records[ref])) for ref in changed}
+            changed.clear()
+        return documents
+
+    def _missed(
+        self, changed: set[VersionRef], refs: set[VersionRef], where: str, error: Exception
+    ) -> None:
+        if not self.unwritten:
+            log.warning("cannot keep online evidence in %s: %s", where, error)
+        self.unwritten += 1
+        with self._lock:
+            changed |= refs
+
+    def _name(self, ref: VersionRef) -> str:
+        return f"{ref.version}.{self.process}.json"
 
     def _counts(self, ref: VersionRef) -> Counts:
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -160,11 +195,16 @@ class Evidence:
             self._records[ref] = record
         record.until = now
         self._changed.add(ref)
+        self._unshared.add(ref)
         return record.counts
 
     def _run(self) -> None:
+        shared_at = time.monotonic()
         while not self._stop.wait(EVERY_S):
             self.write()
+            if time.monotonic() - shared_at >= SHARED_EVERY_S:
+                self.share()
+                shared_at = time.monotonic()
 
 
 def median_ms(latency: Sequence[int]) -> float | None:

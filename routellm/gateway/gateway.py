@@ -6,7 +6,7 @@ import logging
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from routellm.embeddings.memory import Encoders
 from routellm.errors import GatewayError, UsageError
@@ -25,6 +25,9 @@ from routellm.gateway.source import RouterSource
 from routellm.gateway.targets import QueryPrices, Target, policy_of, target_of
 from routellm.settings import GatewaySettings, Upstream
 
+if TYPE_CHECKING:
+    from routellm.feedback.store import FeedbackStore
+
 log = logging.getLogger("routellm.gateway")
 
 _STORED = 50_000  # answers whose upstream is remembered
@@ -40,6 +43,7 @@ class Gateway:
         home: Path,
         challenger: RouterSource | None = None,
         money: Money | None = None,
+        store: FeedbackStore | None = None,
     ) -> None:
         if settings.strong is None or settings.weak is None:
             raise UsageError(
@@ -70,7 +74,7 @@ class Gateway:
                     "was given: set it to off, or give one to create_app"
                 )
             self.challenger = Challenger(
-                settings, challenger, home, self.metrics, encoders, self.prices
+                settings, challenger, home, self.metrics, encoders, self.prices, store
             )
         self._scorers: deque[Scorer] = deque()
         self._stored: OrderedDict[str, str] = OrderedDict()

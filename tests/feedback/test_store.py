@@ -59,6 +59,15 @@ def test_a_record_written_twice_is_stored_once(store):
     assert store.count() == {"decisions": 1, "prompts": 1, "judgements": 1, "duels": 1}
 
 
+def test_counts_of_challengers_are_put_over_older_ones_until_they_are_removed(store):
+    store.keep_online({"2.a.json": "one", "3.a.json": "two"})
+    store.keep_online({"2.a.json": "three"})
+    store.keep_online({})
+    assert store.online() == {"2.a.json": "three", "3.a.json": "two"}
+    store.remove_online({"2.a.json", "4.a.json"})
+    assert store.online() == {"3.a.json": "two"}
+
+
 def test_a_batch_is_added_whole_or_not_at_all(store):
     store.open()
     with pytest.raises(FeedbackError):

@@ -15,18 +15,24 @@ from registry.online import forget_deleted, online
 from routellm.bundle import Bundle, golden_predictions
 from routellm.embeddings.cache import CachedEncoder
 from routellm.errors import RegistryError, UsageError
+from routellm.feedback.errors import FeedbackUnreachable
+from routellm.feedback.store import FeedbackStore
+from routellm.feedback.writer import Writer
 from routellm.gateway.app import create_app
 from routellm.gateway.decide import on_canary_side
 from routellm.gateway.demo import demo_upstream
 from routellm.gateway.evidence import BOUNDS_MS, Evidence, median_ms
+from routellm.gateway.feedback import FeedbackParts
 from routellm.gateway.lane import Lane
 from routellm.gateway.server import running
 from routellm.gateway.source import VersionRef
 from routellm.routers.base import Pair
 from routellm.routers.random import RandomRouter
-from routellm.settings import GatewaySettings, Settings, Upstream
+from routellm.settings import FeedbackSettings, GatewaySettings, Settings, Upstream
 from tests.conftest import REPOSITORY, HashEncoder
 from tests.gateway.test_gateway import Versions, bundle, wait_for
+from tests.support.databases import new_database, shared_postgres
+from tests.support.servers import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -38,8 +44,14 @@ def upstream():
 
 
 @contextlib.contextmanager
-def gateway(upstream, home, champion, in_line, mode, *, ready=True, canary_fraction=0.5):
+def gateway(
+    upstream, home, champion, in_line, mode, *, ready=True, canary_fraction=0.5, store=None
+):
     """A real gateway with two aliases; waits until the challenger stands beside the champion."""
+    parts = None
+    if store is not None:
+        how = FeedbackSettings(enabled=True, store=store)
+        parts = FeedbackParts(how, Writer(FeedbackStore(store), flush_s=0.05))
     options = GatewaySettings(
         strong=Upstream(base_url=f"{upstream}/v1", model="big"),
         weak=Upstream(base_url=f"{upstream}/v1", model="small"),
@@ -48,7 +60,8 @@ def gateway(upstream, home, champion, in_line, mode, *, ready=True, canary_fract
         canary_fraction=canary_fraction,
         pacer=False,  # thresholds are compared with the calibration's
     )
-    with running(create_app(options, champion, home=home, challenger=in_line)) as url:
+    app = create_app(options, champion, home=home, challenger=in_line, feedback=parts)
+    with running(app) as url:
         if ready:
             wait_for(lambda: standing(url)["version"] is not None)
         yield url
@@ -506,11 +519,73 @@ def test_a_file_that_cannot_be_written_costs_no_request(upstream, tmp_path, monk
     assert online(Settings(home=tmp_path), "2").requests == 10
 
 
-def counted(home, version, n, *, model="router"):
-    evidence = Evidence(home / "online", "shadow")
+def reads(home, store, **more):
+    """The settings of whoever asks what gateways saw, and has this feedback store."""
+    return Settings(home=home, feedback=FeedbackSettings(store=store), **more)
+
+
+def test_gateways_that_share_no_home_are_seen_together_through_the_store(
+    upstream, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(routellm.gateway.evidence, "EVERY_S", 0.05)
+    monkeypatch.setattr(routellm.gateway.evidence, "SHARED_EVERY_S", 0.1)
+    store = new_database(shared_postgres("the challenger's counts were"))
+    elsewhere = reads(tmp_path / "elsewhere", store)
+    with contextlib.ExitStack() as both:
+        urls = [
+            both.enter_context(
+                gateway(
+                    upstream, tmp_path / name, Versions(v1=bundle(1)), line_up(v2=bundle(2)),
+                    "shadow", store=store,
+                )
+            )
+            for name in ("one", "two")
+        ]  # fmt: skip
+        for url, n in zip(urls, (20, 12), strict=True):
+            routes(url, n)
+        wait_for(lambda: (found := online(elsewhere, "2")) and found.requests == 32)
+        routes(urls[0], 3)  # and written at the end, whenever that is
+    found = online(elsewhere, "2")
+    assert (found.requests + found.dropped, found.processes) == (35, 2)
+    assert online(reads(tmp_path / "one", store), "2") == found  # its own file is not counted twice
+    assert forget_deleted(elsewhere, ["1", "2"]) == 0
+    assert forget_deleted(elsewhere, ["1"]) == 2
+    assert online(elsewhere, "2") is None
+
+
+def test_a_store_that_does_not_answer_costs_no_request_and_no_count(
+    upstream, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(routellm.gateway.evidence, "EVERY_S", 0.05)
+    monkeypatch.setattr(routellm.gateway.evidence, "SHARED_EVERY_S", 0.1)
+    store = f"postgresql://nobody@127.0.0.1:{free_port()}/none"
+    with gateway(
+        upstream, tmp_path, Versions(v1=bundle(1)), line_up(v2=bundle(2)), "shadow", store=store
+    ) as url:
+        assert {a["version"] for a in routes(url, 10)} == {"1"}
+        wait_for(lambda: not says(url, "routellm_evidence_failures 0.0"))
+    assert online(Settings(home=tmp_path), "2").requests == 10
+    with pytest.raises(FeedbackUnreachable, match="does not answer"):
+        online(reads(tmp_path, store), "2")
+
+
+def counted(home, version, n, *, model="router", store=None):
+    evidence = Evidence(home / "online", "shadow", store)
     for _ in range(n):
         evidence.failed(VersionRef(model, version))
     evidence.write()
+    evidence.share()
+
+
+def test_a_damaged_document_in_the_store_is_one_sentence(tmp_path):
+    address = new_database(shared_postgres("the challenger's counts were"))
+    with contextlib.closing(FeedbackStore(address)) as store:
+        counted(tmp_path / "one", "2", 3, store=store)
+        assert online(reads(tmp_path, address), "2").failures == 3
+        (name,) = store.online()
+        store.keep_online({name: "{}"})
+    with pytest.raises(RegistryError, match=r"in the feedback store .* holds no online counts"):
+        online(reads(tmp_path, address), "2")
 
 
 def test_files_go_with_their_version_and_not_before(tmp_path):

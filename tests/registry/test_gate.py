@@ -82,6 +82,20 @@ def test_the_same_evidence_gives_the_same_verdict(gate, pairs, decided):
     assert gate.decide(evidence(pairs["equal"])) == decided["equal"]
 
 
+def test_the_best_of_several_must_be_better_by_more(gate, decided, pairs):
+    alone = named(decided["better"], "delta_apgr")
+    best = named(gate.decide(evidence(pairs["better"], chosen_among=5)), "delta_apgr")
+    assert best.low < alone.low
+    assert (best.value, best.high) == (alone.value, alone.high)
+    assert best.detail.endswith("as one of 5 trained on these battles")
+    margin = Settings(promotion=PromotionSettings(margin=(best.low + alone.low) / 2))
+    verdicts = {
+        among: Gate(margin).decide(evidence(pairs["better"], chosen_among=among)).outcome
+        for among in (1, 5)
+    }
+    assert verdicts == {1: "promote", 5: "inconclusive"}
+
+
 def test_a_margin_asks_for_more_than_better(tmp_path, pairs):
     asking = Settings(home=tmp_path, promotion=PromotionSettings(margin=0.2))
     decision = Gate(asking).decide(evidence(pairs["better"]))
@@ -311,7 +325,7 @@ def test_what_a_candidate_is_held_to_by_itself(gate, changes, check, outcome, sa
 
 
 def seen(requests, failures):
-    return Online(requests, failures, 0, requests, 0.5, 0.5, 9.0, 0.9, "", "", 1)
+    return Online(requests, failures, 0, requests, 0.5, 0.45, 9.0, 0.9, "", "", 1)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +343,8 @@ def seen(requests, failures):
 def test_what_gateways_saw_of_a_challenger_counts(gate, online, outcome):
     decision = gate.decide(evidence(champion=None, online=online))
     assert named(decision, "canary").outcome == outcome
+    if online is not None:
+        assert named(decision, "canary").detail.endswith("; strong for 50% where 45% was asked")
     assert decision.outcome == {"fail": "reject", "unsure": "inconclusive"}.get(outcome, "promote")
 
 

@@ -137,6 +137,22 @@ def test_the_first_version_is_held_to_the_rest(local, add):
     assert decide(local, None, careless).outcome == "inconclusive"
 
 
+def test_it_is_known_among_how_many_of_the_same_battles_a_candidate_was_chosen(local, add):
+    def tagged(seed, **tags):
+        version = add(local, 0.5, seed=seed)
+        for name, value in tags.items():
+            local.client.set_model_version_tag(local.model, version.version, name, value)
+        return local.get(version.version)
+
+    candidate = tagged(0, kind="knn")
+    assert gather(local, None, candidate).chosen_among == 1
+    tagged(1, kind="mf")
+    tagged(2, kind="random")  # nobody promotes it: it is there to be compared with
+    tagged(3, kind="mf", snapshot="e" * 64)
+    tagged(4, kind="mf", strong="another")
+    assert gather(local, None, candidate).chosen_among == 2
+
+
 def test_a_version_is_not_held_against_itself(local, add):
     version = add(local, 0.5)
     decision = decide(local, version, version)

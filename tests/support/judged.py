@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -19,12 +20,12 @@ GOOD = Smoke(True, None, 0.0, 10.0)
 def simulated_pair(
     rng: np.random.Generator,
     n: int,
-    skills: tuple[float, float],
+    skills: Sequence[float],
     *,
     shared: float = 0.6,
     sliced: bool = True,
 ) -> Paired:
-    """Draw n prompts, two models' answers to them, and two routers' win rates.
+    """Draw n prompts, two models' answers to them, and routers' win rates.
 
     A prompt has a difficulty, which both models' chances of a right answer fall with, weak's
     faster: strong is right on 0.83 of them and weak on 0.63, about as on GSM8K. A router sees
@@ -32,8 +33,9 @@ def simulated_pair(
 
     Parameters
     ----------
-    skills : correlation of the champion's and the candidate's signal with difficulty
-    shared : part of their noise's variance that both have in common
+    skills : correlation of the champion's and the candidate's signal with difficulty; of several
+        candidates, the best on these prompts is taken
+    shared : part of their noise's variance that all have in common
     """
     difficulty = rng.normal(size=n)
     strong = rng.random(n) < 1.0 / (1.0 + np.exp(1.2 * difficulty - 2.2))
@@ -52,15 +54,19 @@ def simulated_pair(
             "code": rng.choice(["yes", "no"], n, p=[0.1, 0.9]),
             "category": rng.choice([f"c{i}" for i in range(30)], n, p=topics / topics.sum()),
         }
-    return Paired(
-        benchmark="mmlu",
-        champion=rates[0],
-        candidate=rates[1],
-        strong=strong.astype(np.float64),
-        weak=weak.astype(np.float64),
-        cluster=np.arange(n),
-        slices=slices,
-    )
+    pairs = [
+        Paired(
+            benchmark="mmlu",
+            champion=rates[0],
+            candidate=candidate,
+            strong=strong.astype(np.float64),
+            weak=weak.astype(np.float64),
+            cluster=np.arange(n),
+            slices=slices,
+        )
+        for candidate in rates[1:]
+    ]
+    return max(pairs, key=lambda one: one.apgr(one.candidate))
 
 
 def judged(version: str, *, simulated: bool = False, strong: str = PAPER_STRONG) -> Judged:

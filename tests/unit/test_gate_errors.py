@@ -29,8 +29,11 @@ PROMPTS = 2000
 def outcomes(seed, gates, skills, *, n=PROMPTS, whole=False):
     """Return how many of so many simulated gates end in each outcome."""
     rng, gate = np.random.default_rng(seed), Gate(Settings() if whole else Settings(prices={}))
+    among = len(skills) - 1
     found = (
-        gate.decide(evidence(simulated_pair(rng, n, skills, sliced=whole))).outcome
+        gate.decide(
+            evidence(simulated_pair(rng, n, skills, sliced=whole), chosen_among=among)
+        ).outcome
         for _ in range(gates)
     )
     return Counter(found)
@@ -57,6 +60,12 @@ def test_routers_as_good_as_the_champion_are_promoted_at_most_one_time_in_twenty
 @pytest.mark.slow
 def test_a_truly_better_router_is_promoted_at_least_four_times_in_five():
     assert outcomes(2, 60, (SKILL, BETTER))["promote"] >= 48
+
+
+@pytest.mark.slow
+def test_the_best_of_five_is_promoted_as_seldom_by_chance_and_as_surely_if_it_is_better():
+    assert outcomes(7, 100, (SKILL,) * 6, n=500)["promote"] <= 5
+    assert outcomes(8, 30, (SKILL, BETTER, *(SKILL,) * 4))["promote"] >= 24
 
 
 def test_identical_routers_are_never_promoted():
