@@ -41,6 +41,7 @@ from routellm.snapshots import Manifest, SnapshotStore, snapshot_store
 from routellm.sources.inbox import sources_now
 
 INGESTED = "routellm.ingested"
+UNREADABLE = "routellm.inbox.unreadable"
 _NOTHING_TO_READ = "no source is set, and the inbox is empty"
 
 
@@ -206,6 +207,9 @@ def _tell(staged: Staged, manifest: Manifest, store: SnapshotStore, settings: Se
     numbers = {"snapshot": manifest.digest, "new_battles": staged.new, "battles": manifest.rows}
     if staged.new:
         send_event(INGESTED, *about, {**numbers, "simulated": manifest.simulated})
+    if staged.passed_over:
+        inbox = ("routellm.inbox", str(settings.inbox_dir))
+        send_event(UNREADABLE, *inbox, {"passed_over": list(staged.passed_over)})
     wanted = _wanted(manifest, store, settings)
     if wanted:
         told = {"reason": wanted.reason, "why": wanted.why, "numbers": wanted.numbers | numbers}
@@ -218,9 +222,8 @@ def _wanted(latest: Manifest | None, store: SnapshotStore, settings: Settings) -
         return Wanted(FIRST, "there is no snapshot yet", {})
     registry: Registry = connect(settings)
     alike = [one for one in registry.versions() if one.simulated == latest.simulated]
-    return retraining_wanted(
-        latest, trained_snapshots(alike, store.all()), settings.workers.min_fresh_battles
-    )
+    done = trained_snapshots(alike, registry.history(), store.all())
+    return retraining_wanted(latest, done, settings.workers.min_fresh_battles)
 
 
 @contextmanager

@@ -25,7 +25,11 @@ def promote_best(measured: Sequence[Measured], primary: str, registry: Registry)
     routers = (m for m in measured if m.kind != "random")
     best = max(routers, key=lambda m: mean_apgr(m.evaluations), default=None)
     if best is None:
-        return Decision("reject", "only the random router was trained: there is nothing to promote")
+        why = "only the random router was trained: there is nothing to promote"
+        decision = Decision("reject", why)
+        if not any(e.version == measured[0].version.version for e in registry.history()):
+            registry.record(measured[0].version, decision)
+        return decision
     forget_deleted(registry.settings, [v.version for v in registry.versions()])
     with announced(registry):
         registry.repair()

@@ -145,6 +145,14 @@ def ingest(sources: Sequence[str], store: SnapshotStore, settings: Settings) -> 
                 line.result += f" ({staged.duplicates:,} duplicates)"
         else:
             line.result = "nothing new: the sources have not changed"
+        for why in staged.passed_over:
+            line.note(f"passed over: {why}")
+        if staged.passed_over:
+            create_table_artifact(
+                [{"passed over": why} for why in staged.passed_over],
+                key="passed-over",
+                description="Files of the inbox that cannot be read; the others were",
+            )
     return staged
 
 
@@ -156,7 +164,7 @@ def validate(
         try:
             if not staged.new:
                 if staged.previous is None:
-                    raise UsageError("the sources hold no battles: give another --source")
+                    raise staged.held_nothing
                 line.result = f"snapshot {staged.previous.digest[:12]} passed before"
                 return staged.previous, expectations.data_docs(settings), ()
             found = expectations.validate(staged, store, settings)
@@ -386,6 +394,7 @@ def _retrain(
         champion_why=why,
         label_weights=plan.label_weights,
         notes=(
+            *(f"Passed over: {why}" for why in staged.passed_over),
             *warnings,
             *([plan.contamination.summary] if plan.contamination else []),
         ),

@@ -8,6 +8,7 @@ from typing import Any
 
 from flows.send import send_event
 from registry import VersionInfo
+from registry.history import Entry
 from routellm.lineup import MIN_MODEL_BATTLES
 from routellm.snapshots import Manifest
 
@@ -16,6 +17,8 @@ EVENT = "routellm.retrain.wanted"
 FIRST = "first"
 FRESH = "fresh battles"
 NEW_MODEL = "new model"
+
+_VERDICTS = ("promote", "reject", "inconclusive")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def retraining_wanted(
     Parameters
     ----------
     trained : sequence of Manifest
-        Snapshots that registered versions were trained on, the newest version's first.
+        Snapshots that retrainings ended with, the newest version's first.
     min_fresh_battles : int
         So many battles since the first of them ask for one.
     """
@@ -84,18 +87,28 @@ def ask_for_first(model: str, sources: Sequence[str]) -> None:
     send_event(EVENT, f"routellm.model.{model}", model, {**told, "sources": list(sources)})
 
 
-def trained_snapshots(versions: Sequence[VersionInfo], all_: Sequence[Manifest]) -> list[Manifest]:
-    """Return the snapshots that versions were trained on, as far as they are still kept.
+def trained_snapshots(
+    versions: Sequence[VersionInfo], history: Sequence[Entry], all_: Sequence[Manifest]
+) -> list[Manifest]:
+    """Return the snapshots that retrainings ended with, as far as they are still kept.
+
+    A retraining ends with the gate's verdict on the best of its versions. One that was killed when
+    only some of them were registered has not ended: the verdict is missing.
 
     Parameters
     ----------
     versions : sequence of VersionInfo
         Newest first.
+    history : sequence of Entry
+        Every decision and move.
     all_ : sequence of Manifest
         Every snapshot kept, of simulated or of real battles.
     """
     kept = {one.digest: one for one in all_}
-    digests = dict.fromkeys(one.tags.get("snapshot", "") for one in versions)
+    judged = {one.version for one in history if one.action in _VERDICTS}
+    digests = dict.fromkeys(
+        one.tags.get("snapshot", "") for one in versions if one.version in judged
+    )
     return [kept[digest] for digest in digests if digest in kept]
 
 

@@ -2,8 +2,7 @@
 
 The folder is looked at again and again: one on a network has no other way to tell. Nothing is
 remembered from one start to the next. What lies in the inbox when the watch starts is told of, and
-ingest knows by their digests which files it has read. That a file was taken away is told, too: it
-may be one that could not be read, and that kept others from being read.
+ingest knows by their digests which files it has read.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 from flows.send import ServerAway, send_event
 from routellm.settings import Settings
-from routellm.sources.inbox import Dropped, dropped, settled
+from routellm.sources.inbox import Dropped, settled
 
 ARRIVED = "routellm.inbox.arrived"
 LOOK_EVERY_S = 1.0
@@ -32,7 +31,7 @@ def watch(
     said : callable
         Given what goes wrong, and that it is over; once each.
     told : callable
-        Given the files that the server was told of; none where some were taken away.
+        Given the files that the server was told of.
     """
     settings.inbox_dir.mkdir(parents=True, exist_ok=True)
     known: dict[str, Dropped] = {}
@@ -43,7 +42,7 @@ def watch(
                 raise FileNotFoundError(f"the inbox {settings.inbox_dir} is not there any more")
             there = settled(settings)
             fresh = [one for one in there if known.get(one.name) != one]
-            if fresh or known.keys() - {one.name for one in dropped(settings.inbox_dir)}:
+            if fresh:
                 send_event(ARRIVED, "routellm.inbox", str(settings.inbox_dir), payload(fresh))
                 told(fresh)
             known = {one.name: one for one in there}

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from routellm.battles import BATTLE_SCHEMA
-from routellm.errors import SnapshotError
+from routellm.errors import SnapshotError, UsageError
 from routellm.settings import Settings
 from routellm.snapshots import Manifest, SnapshotStore
 from routellm.sources import open_source
@@ -41,6 +41,8 @@ class Staged:
         Battles read, of them not seen before, and seen before (here or in the snapshot).
     unchanged : tuple of str
         Sources that were not read again, since nothing in them changed.
+    passed_over : tuple of str
+        Why files of the inbox were passed over, a sentence each.
     previous : Manifest or None
         The snapshot that this adds to.
     """
@@ -55,6 +57,16 @@ class Staged:
     unchanged: tuple[str, ...]
     simulated: bool
     previous: Manifest | None
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def held_nothing(self) -> UsageError:
+        """What to raise where there is no snapshot, and nothing to make one of."""
+        if self.passed_over:
+            first, more = self.passed_over[0], len(self.passed_over) - 1
+            also = f" ({more} more could not be read)" if more else ""
+            return UsageError(f"there is no battle to begin with: {first}{also}")
+        return UsageError("the sources hold no battles: give another source")
 
     def discard(self) -> None:
         """Remove the staging folder."""
@@ -110,7 +122,8 @@ def stage(
                     parts.append(path)
                 if progress:
                     progress(source.name, read)
-            cursors[source.name] = cursor
+            # what was passed over has not been read: the next ingest tries it again
+            cursors[source.name] = {k: v for k, v in cursor.items() if k not in source.passed_over}
     except OSError as error:
         shutil.rmtree(directory, ignore_errors=True)
         raise SnapshotError(
@@ -132,6 +145,7 @@ def stage(
         unchanged=tuple(unchanged),
         simulated=any(source.simulated for source in opened),
         previous=previous,
+        passed_over=tuple(why for source in opened for why in source.passed_over.values()),
     )
 
 

@@ -85,9 +85,10 @@ def run(folder: Path, minutes: float, seed: int) -> bool:
         log.write("end")
         doer.finish(_QUIET_WITHIN_S)
         good = {one.name for one in drops if one.battles}
+        broken = {one.name for one in drops} - good
         _wait_for_quiet(place, observer, good)
         traffic.stop()
-        found = checks(place, traffic, observer, good)
+        found = checks(place, traffic, observer, good, broken)
         observer.stop()
         memory.stop()
         found.append(nothing_is_left(place, place.down()))

@@ -17,22 +17,32 @@ from benchmarks.soak.watch import Observer, Traffic
 from registry import Registry, connect
 from routellm.settings import IngestSettings
 from routellm.sources.files import read_file
+from routellm.sources.inbox import unreadable
 from tests.support.half_registered import half_registered
 
 Check = tuple[str, bool, str]
 
 
-def checks(place: Place, traffic: Traffic, observer: Observer, names: Iterable[str]) -> list[Check]:
+def checks(
+    place: Place,
+    traffic: Traffic,
+    observer: Observer,
+    names: Iterable[str],
+    broken: Iterable[str],
+) -> list[Check]:
     """Return every check: its name, whether it holds, and the numbers it was decided by.
 
     Parameters
     ----------
     names : iterable of str
         The good files, as they are in the inbox now.
+    broken : iterable of str
+        Those beside them that cannot be read.
     """
     registry = connect(place.settings)
     return [
         _battles(place, sorted(names)),
+        _passed_over(place, sorted(broken)),
         _versions(registry),
         *_history(registry),
         _served(place, registry),
@@ -60,6 +70,13 @@ def _battles(place: Place, names: list[str]) -> Check:
         f"{there.total():,}, lost {len(lost)}, doubled {len(doubled)}, from nowhere {len(strange)}"
     )
     return "every battle is there once", bool(there) and there == wanted, told
+
+
+def _passed_over(place: Place, broken: list[str]) -> Check:
+    """Compare the files that a note calls unreadable with those that are."""
+    noted = sorted(unreadable(place.inbox))
+    told = f"{len(broken)} dropped and left there; with a note: {', '.join(noted) or 'none'}"
+    return "broken files are named, and only they", noted == broken, told
 
 
 def _versions(registry: Registry) -> Check:

@@ -16,11 +16,13 @@ import numpy as np
 import psutil
 
 from benchmarks.soak.place import SETTLE_S, Place
-from benchmarks.soak.plan import FROZEN_S, REMOVED_AFTER_S, Drop, Fault, broken_file
+from benchmarks.soak.plan import FROZEN_S, Drop, Fault, broken_file
 from benchmarks.soak.watch import Observer
 from flows.recent import recent_runs
+from routellm.sources.inbox import unreadable
 
 LOCKED_S = 8.0
+_NOTED_WITHIN_S = 300.0  # until an ingest has met a broken file
 HALF_S = 45.0  # until the rest of a half-written file comes
 _PIECES = 6
 _WAIT_FOR_RUN_S = 420.0
@@ -62,10 +64,12 @@ class Doer:
         self.log.write("file", name=one.name, how=one.how, battles=one.battles, bytes=len(data))
         if one.how == "broken":
             path.write_bytes(broken_file(one.name, self._count))
-            time.sleep(REMOVED_AFTER_S)
-            path.rename(self.place.folder / one.name)
-            self.log.write("file moved away", name=one.name)
-            return
+            end = time.monotonic() + _NOTED_WITHIN_S
+            while one.name not in unreadable(self.place.inbox) and time.monotonic() < end:
+                time.sleep(1)
+            if one.name in unreadable(self.place.inbox):
+                self.log.write("file passed over", name=one.name)
+            return  # and stays: nobody is there at night
         if one.how == "renamed":
             hidden = path.with_name(f".{path.name}")
             hidden.write_bytes(data)

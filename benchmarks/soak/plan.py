@@ -19,7 +19,6 @@ from routellm.sources.simulated import SimulatedArena
 FIRST, EACH = 600, 400  # battles of the first file, and of each other
 EVERY_S = (110.0, 190.0)  # between two files
 BROKEN_EVERY_S = 900.0
-REMOVED_AFTER_S = 90.0  # a broken file is moved away, by the operator that the documents ask for
 ROUND_S = 1500.0  # in which each fault comes once
 
 # what is done, and to what

@@ -137,7 +137,7 @@ def _told(one: Event) -> str:
     kind = one["event"]
     if kind == "file":
         return f"file     {one['name']}, {one['battles']} battles, {one['how']}"
-    if kind in ("file whole", "file moved away"):
+    if kind in ("file whole", "file passed over"):
         return f"file     {one['name']} is {kind.removeprefix('file ')}"
     if kind == "snapshot":
         files = ", ".join(f"{name} ({s:.0f} s)" for name, s in one["files"].items())
@@ -223,16 +223,16 @@ def _draw_faults(axes: Axes, events: Sequence[Event]) -> None:
 def _draw_files(axes: Axes, events: Sequence[Event]) -> None:
     lanes = _lanes(axes, ("renamed", "slow", "half", "broken"))
     taken = {name: e["m"] for e in of(events, "snapshot") for name in e["files"]}
-    gone = {e["name"]: e["m"] for e in of(events, "file moved away")}
+    passed = {e["name"]: e["m"] for e in of(events, "file passed over")}
     for one in of(events, "file"):
         y, name = lanes[one["how"]], one["name"]
-        end = taken.get(name, gone.get(name))
+        end = taken.get(name, passed.get(name))
         colour = COLOURS[1] if one["how"] == "broken" else COLOURS[0]
         if end is not None:
             axes.plot([one["m"], end], [y, y], color=colour, lw=3, alpha=0.45)
-            axes.plot(end, y, "x" if name in gone else "o", color=colour, ms=4)
+            axes.plot(end, y, "x" if name in passed else "o", color=colour, ms=4)
         axes.plot(one["m"], y, "|", color=colour, ms=9, mew=2)
-    axes.set_title("files: dropped (|) until in a snapshot (o); a broken one is moved away (x)",
+    axes.set_title("files: dropped (|) until in a snapshot (o); a broken one is passed over (x)",
                    loc="left", fontsize=9, color=_GREY)  # fmt: skip
 
 

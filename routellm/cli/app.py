@@ -125,10 +125,13 @@ def ingest(sources: Sources = None, json: Json = False) -> None:
     finally:
         staged.discard()
     if manifest is None:
-        raise UsageError("the sources hold no battles: give another source")
+        raise staged.held_nothing
     if json:
-        print_json({"new": staged.new, "duplicates": staged.duplicates, **_manifest_doc(manifest)})
+        counts = {"new": staged.new, "duplicates": staged.duplicates}
+        print_json({**counts, "passed_over": staged.passed_over, **_manifest_doc(manifest)})
         return
+    for why in staged.passed_over:
+        out.print(f"passed over: {why}", style="yellow", soft_wrap=True, markup=False)
     if not staged.new:
         out.print(f"nothing new; snapshot [bold]{manifest.digest[:12]}[/] stands")
         return

@@ -56,7 +56,7 @@ def doctor(
     """Check every part, and say what to do about those that do not work."""
     settings = load_settings()
     checks: list[Callable[[Settings], Iterator[Checked]]] = [
-        packages, home, storage, snapshots, mlflow, prefect, gateway, upstreams, feedback,
+        packages, home, storage, snapshots, inbox, mlflow, prefect, gateway, upstreams, feedback,
     ]  # fmt: skip
     if not quick:
         checks[3:3] = [encoder, device]
@@ -199,6 +199,20 @@ def snapshots(settings: Settings) -> Iterator[Checked]:
     if not some:
         to_do = "run `routellm ingest SOURCE`, or drop a file into the inbox of `routellm up`"
         yield Checked("snapshot", "warn", "there is none yet", to_do)
+
+
+def inbox(settings: Settings) -> Iterator[Checked]:
+    """Can the files that were dropped be read?"""
+    from routellm.sources.inbox import dropped, unreadable
+
+    bad = unreadable(settings.inbox_dir)
+    for why in bad.values():
+        to_do = "mend the file or take it away: every ingest passes it over, and reads the others"
+        yield Checked("inbox", "warn", why, to_do)
+    if not bad:
+        n = len(dropped(settings.inbox_dir))
+        told = f"{settings.inbox_dir}: {n} files, none of them known to be unreadable"
+        yield Checked("inbox", "ok" if n else "off", told)
 
 
 def mlflow(settings: Settings) -> Iterator[Checked]:

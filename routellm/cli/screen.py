@@ -141,7 +141,7 @@ class Screen:
 
     def _data(self) -> Iterator[Text]:
         from routellm.snapshots import snapshot_store
-        from routellm.sources.inbox import dropped
+        from routellm.sources.inbox import dropped, unreadable
 
         for simulated in (False, True):
             manifest = snapshot_store(self.settings, simulated=simulated).latest()
@@ -153,7 +153,13 @@ class Screen:
                     f"{manifest.rows:,}{flag} battles"
                 )
         n = len(dropped(self.settings.inbox_dir))
-        yield Text(f"inbox     {self.settings.inbox_dir}: {n} file{'' if n == 1 else 's'}")
+        line = Text(f"inbox     {self.settings.inbox_dir}: {n} file{'' if n == 1 else 's'}")
+        bad = unreadable(self.settings.inbox_dir)
+        if bad:
+            first = next(iter(bad))
+            others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            line.append(f", {first}{others} cannot be read (see {first}.why.txt)", style="yellow")
+        yield line
 
     def _latest(self) -> Table:
         table = Table.grid(padding=(0, 3, 0, 0))

@@ -40,8 +40,6 @@ def watch(json: Json = False) -> None:
     def told(files: Sequence[Dropped]) -> None:
         if json:
             _line({"told": payload(files)})
-        elif not files:
-            out.print("files were taken away")
         else:
             names = ", ".join(one.name for one in files[:5]) + (" …" if len(files) > 5 else "")
             size = sum(one.size_bytes for one in files) / 1e6

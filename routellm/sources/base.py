@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import pyarrow as pa
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
 
 class Source(Protocol):
-    """A place that battles are read from."""
+    """A place that battles are read from.
+
+    Attributes
+    ----------
+    passed_over : Mapping
+        What the last reading left out, though it was there: its key in the cursor -> why, in a
+        sentence. Only the inbox leaves anything out; other sources raise.
+    """
 
     name: str
     simulated: bool
+    passed_over: Mapping[str, str]
 
     def cursor(self) -> dict[str, Any]:
         """Return a JSON-able fingerprint of all there is to read now.

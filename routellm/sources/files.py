@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from routellm.errors import SourceError, SourceUnreachable
 from routellm.settings import IngestSettings
 from routellm.snapshots import file_sha256
+from routellm.sources.base import NOTHING
 from routellm.sources.shapes import find_shape, to_battles
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class FileSource:
     """One file of battles."""
 
     simulated = False
+    passed_over: Mapping[str, str] = NOTHING
 
     def __init__(self, path: Path, settings: IngestSettings) -> None:
         self.path = path
@@ -64,15 +66,16 @@ class FolderSource:
     """Every file of battles in a folder; hidden files and benchmark tables are left alone."""
 
     simulated = False
+    passed_over: Mapping[str, str] = NOTHING
 
     def __init__(self, path: Path, settings: IngestSettings) -> None:
         self.path = path
         self.name = str(path.resolve())
         self._settings = settings
-        self._looked: dict[str, _File] | None = None
+        self._looked: dict[str, SeenFile] | None = None
 
     def cursor(self) -> dict[str, Any]:
-        self._looked = {path.name: _File.of(path) for path in self._files()}
+        self._looked = {path.name: SeenFile.of(path) for path in self._files()}
         return {name: one.sha256 for name, one in self._looked.items()}
 
     def batches(self, since: dict[str, Any] | None) -> Iterator[pa.RecordBatch]:
@@ -94,7 +97,7 @@ class FolderSource:
         if not found:
             self._holds_none()
 
-    def _read(self, one: _File) -> Generator[pa.RecordBatch, None, bool]:
+    def _read(self, one: SeenFile) -> Generator[pa.RecordBatch, None, bool]:
         """Yield a file's battles and make sure that it is still the same; return if it has any."""
         found = False
         try:
@@ -129,7 +132,7 @@ def is_readable(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _File:
+class SeenFile:
     """A file as it was when its digest was taken."""
 
     path: Path
@@ -137,12 +140,16 @@ class _File:
     stamp: tuple[int, ...]
 
     @classmethod
-    def of(cls, path: Path) -> _File:
+    def of(cls, path: Path) -> SeenFile:
         stamp = _stamp(path)
         try:
             return cls(path, file_sha256(path), stamp)
         except FileNotFoundError as error:
             raise _changed(path) from error
+        except OSError as error:
+            raise SourceError(
+                f"{path} cannot be read ({error.strerror}): see that this process may read it"
+            ) from error
 
     def is_as_it_was(self) -> bool:
         return _stamp(self.path) == self.stamp

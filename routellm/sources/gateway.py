@@ -8,7 +8,7 @@ later: one answer is one battle, however often it is clicked on.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from routellm.feedback import store_url
 from routellm.feedback.errors import FeedbackError, FeedbackUnreachable
 from routellm.feedback.store import FeedbackStore
 from routellm.settings import Settings
+from routellm.sources.base import NOTHING
 
 if TYPE_CHECKING:
     from routellm.feedback.records import Outcome
@@ -42,6 +43,7 @@ class GatewaySource:
     """
 
     simulated = False
+    passed_over: Mapping[str, str] = NOTHING
 
     def __init__(self, spec: str, settings: Settings) -> None:
         given = spec.removeprefix(SCHEME)

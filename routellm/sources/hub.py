@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from routellm.errors import SourceError, SourceUnreachable
 from routellm.settings import IngestSettings
+from routellm.sources.base import NOTHING
 from routellm.sources.files import _format, read_file
 
 
@@ -23,6 +24,7 @@ class HubSource:
     """
 
     simulated = False
+    passed_over: Mapping[str, str] = NOTHING
 
     def __init__(self, repo: str, revision: str | None, settings: IngestSettings) -> None:
         self.repo = repo

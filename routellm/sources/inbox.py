@@ -4,19 +4,29 @@ A file that is still being written looks like any other. So only those are read 
 changed for a while (`inbox_settle_s`); whoever can should write to a hidden name, or one that ends
 in ``.part`` or ``.tmp``, and rename the file once it is whole. Files stay where they are: what has
 been read of them is known by their digests, as of any folder.
+
+A file that cannot be read holds back no other. It is passed over, again at every ingest, and a note
+beside it says why (``<name>.why.txt``), until it can be read or is taken away.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from routellm.errors import SourceError
+import pyarrow as pa
+
+from routellm.errors import SourceError, SourceUnreachable
 from routellm.settings import Settings
-from routellm.snapshots import snapshot_store
-from routellm.sources.files import FolderSource, is_readable
+from routellm.snapshots import snapshot_store, write_atomic
+from routellm.sources.files import FolderSource, SeenFile, is_readable
+
+_NOTE = ".why.txt"  # behind a file's name: no file of battles is called so
 
 
 @dataclass(frozen=True)
@@ -95,23 +105,83 @@ def is_inbox(path: Path, settings: Settings) -> bool:
     return path.resolve() == settings.inbox_dir.resolve()
 
 
+def unreadable(folder: Path) -> dict[str, str]:
+    """Return the files that the last ingest had to pass over, and why; none if it is not there."""
+    found = {}
+    for note in sorted(folder.glob(f"*{_NOTE}")):
+        if _noted(note).exists():
+            with contextlib.suppress(OSError):  # mended and read by an ingest just now
+                found[_noted(note).name] = note.read_text(errors="replace").strip()
+    return found
+
+
 class InboxSource(FolderSource):
-    """The settled files of the inbox; that there are none is nothing wrong."""
+    """The settled files of the inbox, but for those that cannot be read.
+
+    That there are none is nothing wrong.
+    """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings.inbox_dir, settings.ingest)
         self._all = settings
+        self.passed_over: Mapping[str, str] = {}
         if not self.path.is_dir():
             raise SourceError(
                 f"the inbox {self.path} is not there: make it (or mount it), or set `inbox` to "
                 "another folder"
             )
 
+    def cursor(self) -> dict[str, Any]:
+        self.passed_over = {}
+        self._looked = {}
+        for path in self._files():
+            try:
+                self._looked[path.name] = SeenFile.of(path)
+            except SourceUnreachable:
+                raise
+            except SourceError as error:
+                self._pass_over(path, error)
+        for note in self.path.glob(f"*{_NOTE}"):
+            if is_readable(_noted(note).name) and not _noted(note).exists():
+                _remove(note)
+        return {name: one.sha256 for name, one in self._looked.items()}
+
+    def _read(self, one: SeenFile) -> Generator[pa.RecordBatch, None, bool]:
+        # twice: nothing is taken of a file whose end cannot be read, and batches go as they come
+        try:
+            for _ in super()._read(one):
+                pass
+        except SourceUnreachable:
+            raise
+        except SourceError as error:
+            self._pass_over(one.path, error)
+            return False
+        _remove(_note_of(one.path))
+        return (yield from super()._read(one))
+
+    def _pass_over(self, path: Path, error: SourceError) -> None:
+        self.passed_over = {**self.passed_over, path.name: str(error)}
+        with contextlib.suppress(OSError):  # a folder that others write to may be read-only here
+            write_atomic(_note_of(path), f"{error}\n")
+
     def _files(self) -> list[Path]:
         return [self.path / one.name for one in settled(self._all)]
 
     def _holds_none(self) -> None:
         pass
+
+
+def _note_of(path: Path) -> Path:
+    return path.with_name(path.name + _NOTE)
+
+
+def _noted(note: Path) -> Path:
+    return note.with_name(note.name.removesuffix(_NOTE))
+
+
+def _remove(note: Path) -> None:
+    with contextlib.suppress(OSError):
+        note.unlink()
 
 
 def _was_read(settings: Settings) -> bool:

@@ -19,7 +19,7 @@ are the arena's that stands still.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from routellm.battles import BATTLE_SCHEMA, battle_id
 from routellm.errors import UsageError
 from routellm.evaluation.benchmarks import Benchmark
+from routellm.sources.base import NOTHING
 
 SIM_STRONG = "simulated-strong"
 SIM_WEAK = "simulated-weak"
@@ -120,6 +121,7 @@ class SimulatedArena:
     """The source ``simulated://arena?battles=20000&seed=0``, with ``drift`` and ``per_day``."""
 
     simulated = True
+    passed_over: Mapping[str, str] = NOTHING
 
     def __init__(self, spec: str = "simulated://arena") -> None:
         url = urlsplit(spec)

@@ -363,9 +363,9 @@ def test_every_ingest_asks_for_a_retraining_until_there_is_one(alone, monkeypatc
 
     sent, versions, source = [], [], ["simulated://arena?battles=300"]
     monkeypatch.setattr(deployed, "send_event", lambda event, *told: sent.append((event, *told)))
-    monkeypatch.setattr(
-        deployed, "connect", lambda settings: SimpleNamespace(versions=lambda: versions)
-    )
+    history = []
+    registry = SimpleNamespace(versions=lambda: versions, history=lambda: history)
+    monkeypatch.setattr(deployed, "connect", lambda settings: registry)
 
     def asked():
         sent.clear()
@@ -377,7 +377,9 @@ def test_every_ingest_asks_for_a_retraining_until_there_is_one(alone, monkeypatc
     told = sent[0][-1]
     assert (told["reason"], told["numbers"]["new_battles"]) == (FIRST, 0)
     snapshot = told["numbers"]["snapshot"]
-    versions.append(SimpleNamespace(simulated=True, tags={"snapshot": snapshot}))
+    versions.append(SimpleNamespace(version="1", simulated=True, tags={"snapshot": snapshot}))
+    assert asked() == [EVENT]  # it was killed with its work half done
+    history.append(SimpleNamespace(version="1", action="promote"))
     assert asked() == []
     # and what was asked for twice is done once
     late = deployed.retrain(source, because=FIRST, return_state=True)

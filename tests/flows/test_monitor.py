@@ -176,9 +176,6 @@ def test_files_that_arrive_are_told_of_also_where_the_server_was_away(server, wa
         "files": [{"name": "first.csv", "bytes": 1}], "count": 1, "bytes": 1
     }  # fmt: skip
 
-    watching.inbox.joinpath("first.csv").unlink()  # what it kept from being read can be read now
-    assert arrived(ARRIVED, 2)[1] == {"files": [], "count": 0, "bytes": 0}
-
     server.kill()
     watching.inbox.joinpath("second.csv").write_text("ab")
     wait_for(lambda: any("said" in line for line in watching.read()), 60)
@@ -187,7 +184,7 @@ def test_files_that_arrive_are_told_of_also_where_the_server_was_away(server, wa
     assert sum("said" in line for line in watching.read()) == 1
     assert "trying on" in watching.read()[-1]["said"]
     server.start()
-    names = {one["name"] for payload in arrived(ARRIVED, 3)[2:] for one in payload["files"]}
+    names = {one["name"] for payload in arrived(ARRIVED, 2)[1:] for one in payload["files"]}
     assert names == {"second.csv", "third.csv"}
     wait_for(lambda: watching.read()[-1] == {"said": "it works again"}, 30)
 

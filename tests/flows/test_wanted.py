@@ -18,6 +18,14 @@ def snapshot(rows, digest="d", **models):
     )  # fmt: skip
 
 
+def version(number, digest):
+    return SimpleNamespace(version=str(number), tags={"snapshot": digest})
+
+
+def verdict(number, action="reject"):
+    return SimpleNamespace(version=str(number), action=action)
+
+
 def test_the_first_snapshot_asks_for_a_retraining():
     wanted = retraining_wanted(snapshot(100), [], 1000)
     assert (wanted.reason, bool(wanted)) == (FIRST, True)
@@ -58,6 +66,19 @@ def test_a_model_that_an_older_version_was_trained_with_is_not_new():
 
 def test_trained_snapshots_are_in_the_order_of_versions_and_those_gone_are_left_out():
     kept = [snapshot(1, "one"), snapshot(2, "two"), snapshot(3, "three")]
-    versions = [SimpleNamespace(tags={"snapshot": d}) for d in ("two", "gone", "two", "one")]
-    versions.append(SimpleNamespace(tags={}))
-    assert [one.digest for one in trained_snapshots(versions, kept)] == ["two", "one"]
+    versions = [version(n, d) for n, d in ((5, "two"), (4, "gone"), (3, "two"), (2, "one"))]
+    versions.append(SimpleNamespace(version="1", tags={}))
+    history = [verdict(n) for n in range(1, 6)]
+    found = trained_snapshots(versions, history, kept)
+    assert [one.digest for one in found] == ["two", "one"]
+
+
+def test_a_retraining_that_was_killed_before_its_verdict_has_not_ended():
+    kept = [snapshot(1, "one"), snapshot(2, "two")]
+    versions = [version(3, "two"), version(2, "two"), version(1, "one")]
+    begun = [verdict(1, "promote"), verdict(2, "challenger")]  # put in line by hand
+    assert [one.digest for one in trained_snapshots(versions, begun, kept)] == ["one"]
+    for how in ("promote", "reject", "inconclusive"):
+        ended = [*begun, verdict(3, how)]
+        found = trained_snapshots(versions, ended, kept)
+        assert [one.digest for one in found] == ["two", "one"]

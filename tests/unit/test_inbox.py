@@ -13,7 +13,7 @@ from routellm.settings import Settings
 from routellm.snapshots import SnapshotStore
 from routellm.sources import files as files_module
 from routellm.sources import open_source
-from routellm.sources.inbox import InboxSource, dropped, settled, sources_now
+from routellm.sources.inbox import InboxSource, dropped, settled, sources_now, unreadable
 from tests.unit.test_ingest import commit, rows
 from tests.unit.test_sources import write_lines
 
@@ -123,6 +123,70 @@ def test_another_folder_can_be_the_inbox(tmp_path):
     assert sources_now(elsewhere) == (str(tmp_path / "drop"),)
     assert isinstance(open_source(str(tmp_path / "drop"), elsewhere), InboxSource)
     assert Settings().inbox_dir == Path(".routellm/inbox")
+
+
+def staged_of(settings):
+    return stage([str(settings.inbox_dir)], SnapshotStore(settings.snapshots_dir()), settings)
+
+
+def test_a_file_that_cannot_be_read_holds_back_no_other_and_says_why_beside_it(settings):
+    drop(settings, "a.jsonl", 3)
+    bad = drop(settings, "b.jsonl", 2, 50)
+    bad.write_text(bad.read_text() + '{"prompt": "cut sh')  # its first rows are good
+    (settings.inbox_dir / "c.parquet").write_bytes(b"no parquet")
+    drop(settings, "d.jsonl", 1, 90)
+    staged = staged_of(settings)
+    assert (staged.read, staged.new) == (4, 4)  # nothing of a file whose end cannot be read
+    assert [Path(why.split(" ")[0]).name for why in staged.passed_over] == ["b.jsonl", "c.parquet"]
+    assert "b.jsonl line 3 is not JSON" in staged.passed_over[0]
+    note = settings.inbox_dir / "b.jsonl.why.txt"
+    assert note.read_text().strip() == staged.passed_over[0]
+    assert unreadable(settings.inbox_dir) == dict(
+        zip(("b.jsonl", "c.parquet"), staged.passed_over, strict=True)
+    )
+    assert {one.name for one in dropped(settings.inbox_dir)} == {
+        "a.jsonl", "b.jsonl", "c.parquet", "d.jsonl",
+    }  # fmt: skip
+
+    store = SnapshotStore(settings.snapshots_dir())
+    assert commit(staged, store).rows == 4
+    again = staged_of(settings)  # tried again, and the others are not read again
+    assert (again.read, len(again.passed_over)) == (0, 2)
+    write_lines(bad, rows(3, 50))
+    (settings.inbox_dir / "c.parquet").unlink()
+    time.sleep(0.2)
+    mended = staged_of(settings)
+    assert (mended.new, mended.passed_over) == (3, ())
+    assert not list(settings.inbox_dir.glob("*.why.txt"))
+    assert commit(mended, store).rows == 7
+
+
+def test_a_note_that_cannot_be_written_and_a_file_without_rights_stop_nothing(
+    settings, monkeypatch
+):
+    drop(settings, "a.jsonl", 3)
+    drop(settings, "b.jsonl", 3, 50)
+    digest = files_module.file_sha256
+
+    def refused(path):
+        if path.name == "b.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return digest(path)
+
+    monkeypatch.setattr(files_module, "file_sha256", refused)
+    (settings.inbox_dir / "b.jsonl.why.txt").mkdir()  # where the note would be
+    staged = staged_of(settings)
+    assert staged.new == 3
+    assert "b.jsonl cannot be read (Permission denied)" in staged.passed_over[0]
+
+
+def test_with_nothing_but_files_that_cannot_be_read_it_is_said_which(settings):
+    (settings.inbox_dir / "a.parquet").write_bytes(b"no parquet")
+    time.sleep(0.2)
+    staged = staged_of(settings)
+    assert staged.previous is None
+    assert str(staged.held_nothing).startswith("there is no battle to begin with: ")
+    assert "a.parquet cannot be read" in str(staged.held_nothing)
 
 
 @pytest.mark.parametrize("how", ["grows", "goes"])
