@@ -29,6 +29,8 @@ from tests.support.bare import bare_settings
 from tests.support.prefect_server import client_of, prefect_server
 from tests.support.servers import Server
 from tests.support.words_endpoint import words_endpoint
+from tests.unit.test_ingest import rows
+from tests.unit.test_sources import write_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PATIENCE_S = 180.0
@@ -384,6 +386,28 @@ def test_every_ingest_asks_for_a_retraining_until_there_is_one(alone, monkeypatc
     # and what was asked for twice is done once
     late = deployed.retrain(source, because=FIRST, return_state=True)
     assert late.message.startswith("another retraining came before: 0 fresh battles")
+
+
+def test_a_file_that_cannot_be_read_is_told_of_and_the_others_are_ingested(
+    alone, tmp_path, monkeypatch, client
+):
+    from flows import deployed
+    from flows.wanted import EVENT
+
+    monkeypatch.setenv("ROUTELLM_INBOX_SETTLE_S", "0")
+    (tmp_path / "inbox").mkdir()
+    for i in range(2):
+        write_lines(tmp_path / "inbox" / f"{i}.jsonl", rows(120, 1000 * i))
+    (tmp_path / "inbox" / "broken.jsonl").write_text('{"prompt": "half a li')
+    sent = []
+    monkeypatch.setattr(deployed, "send_event", lambda event, *told: sent.append((event, *told)))
+    deployed.ingest()
+    assert [event for event, *_ in sent] == [deployed.INGESTED, deployed.UNREADABLE, EVENT]
+    (why,) = sent[1][-1]["passed_over"]
+    assert "broken.jsonl line 1 is not JSON" in why
+    assert sent[0][-1]["new_battles"] == 240
+    (artifact,) = artifacts(client, "passed-over")
+    assert json.loads(artifact.data) == [{"passed over": why}]
 
 
 def test_a_deployed_retraining_looks_back_to_a_moment_that_has_passed(alone, monkeypatch):
