@@ -8,6 +8,7 @@ must agree.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from expectations.rules import RULES, Rule
 from routellm.battles import BATTLE_SCHEMA
 from routellm.errors import ValidationError
 from routellm.ingest import Staged
+from routellm.lock import alone
 from routellm.settings import Settings, ValidationSettings
 from routellm.snapshots import Manifest, SnapshotStore
 
@@ -277,7 +279,17 @@ def _run(
     settings: Settings,
     failing: dict[str, Any],
 ) -> tuple[tuple[RuleResult, ...], Path | None]:
-    """Run the suites and build the Data Docs."""
+    """Run the suites and build the Data Docs; one process at a time, for they share files."""
+    with alone(settings.home / "locks" / "validate"):
+        return _run_alone(frame, figures, settings, failing)
+
+
+def _run_alone(
+    frame: pd.DataFrame,
+    figures: dict[str, float],
+    settings: Settings,
+    failing: dict[str, Any],
+) -> tuple[tuple[RuleResult, ...], Path | None]:
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     import logging
 
@@ -288,6 +300,12 @@ def _run(
 
     root = _root(settings)
     root.mkdir(parents=True, exist_ok=True)
+    # made anew, since one that was killed here may have left them half-written, and Great
+    # Expectations would never get past that; what it found before, and the Data Docs, stay
+    for folder in ("expectations", "validation_definitions", "checkpoints"):
+        shutil.rmtree(root / "gx" / folder, ignore_errors=True)
+    for file in ("great_expectations.yml", "uncommitted/config_variables.yml"):
+        (root / "gx" / file).unlink(missing_ok=True)
     context = gx.get_context(mode="file", project_root_dir=root)
     context.variables.progress_bars = {"globally": False}
     frames = {"row": frame, "set": pd.DataFrame([figures])}

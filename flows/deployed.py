@@ -6,10 +6,6 @@ Their parameters are JSON; everything else is a setting of the worker's machine.
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -36,6 +32,7 @@ from flows.worker import cancel_waiting_like_this, said_failed, worker_settings
 from registry import Registry, connect
 from routellm.as_of import moment
 from routellm.ingest import Staged
+from routellm.lock import alone
 from routellm.settings import Settings
 from routellm.snapshots import Manifest, SnapshotStore, snapshot_store
 from routellm.sources.inbox import sources_now
@@ -148,7 +145,8 @@ def train_router(
     settings = as_asked(worker_settings(), asked)
     plan = plan_again(snapshot, simulated=simulated, sources=sources, settings=settings)
     refuse_other_work(made_of, kind, plan, settings)
-    with _alone(settings.home / "locks" / f"train-{kind}"):
+    # who asked for a run may have been killed, and ask again while it is still at work
+    with alone(settings.home / "locks" / f"train-{kind}"):
         trained = loop.train(kind, plan, settings)
         loop.evaluate(trained, plan, settings)
 
@@ -224,15 +222,3 @@ def _wanted(latest: Manifest | None, store: SnapshotStore, settings: Settings) -
     alike = [one for one in registry.versions() if one.simulated == latest.simulated]
     done = trained_snapshots(alike, registry.history(), store.all())
     return retraining_wanted(latest, done, settings.workers.min_fresh_battles)
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Let no two runs make the same router at once; the kernel frees the lock of a killed one.
-
-    Who asked for a run may be killed and ask again while it is still at work.
-    """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

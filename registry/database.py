@@ -10,11 +10,12 @@ up` starts as MLflow's server.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 import uuid
 from pathlib import Path
+
+from routellm.lock import alone
 
 
 def make_database(uri: str) -> None:
@@ -30,9 +31,7 @@ def make_database(uri: str) -> None:
     path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
     if _is_there(path):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when the file is closed, or its holder dies
+    with alone(path.with_name(f"{path.name}.lock")):
         if not _is_there(path):
             _make(path)
 

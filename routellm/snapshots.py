@@ -15,14 +15,13 @@ With `storage` set, several homes have their snapshots in common: `routellm.shar
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +34,7 @@ import pyarrow.parquet as pq
 from routellm import __version__
 from routellm.battles import BATTLE_SCHEMA, digest_of_ids
 from routellm.errors import SnapshotError, UsageError
+from routellm.lock import alone
 from routellm.settings import Settings
 
 _COUNTED = ("label_kind", "source", "model", "winner")
@@ -406,13 +406,9 @@ class SnapshotStore:
                 "back from a backup, or ingest again into a new home folder"
             ) from error
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        """One publisher at a time; the kernel lets go of the lock when its holder dies."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / "publish.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def _lock(self) -> AbstractContextManager[None]:
+        """One publisher at a time."""
+        return alone(self.directory / "publish.lock")
 
 
 def snapshot_store(settings: Settings, *, simulated: bool = False) -> SnapshotStore:

@@ -1,4 +1,5 @@
 import shutil
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import expectations
 from expectations.profile import profile, psi, set_figures
 from routellm.errors import ValidationError
 from routellm.ingest import Staged
+from routellm.lock import alone
 from routellm.settings import ValidationSettings
 from routellm.snapshots import SnapshotStore
 from tests.conftest import REPOSITORY, battle_table
@@ -110,6 +112,37 @@ def test_drift_against_the_last_snapshot_is_a_warning(tmp_path, settings):
     failed = {r.name for r in found.rules if not r.passed}
     assert failed == {"prompt_length_drift", "model_mix_drift"}
     assert found.passed
+
+
+def test_what_a_killed_validation_left_half_written_holds_up_no_other(tmp_path, settings):
+    check(tmp_path, settings, battle_table())
+    gx = settings.home / "gx" / "gx"
+    written = [p for p in gx.rglob("*") if p.suffix in (".json", ".yml") and p.is_file()]
+    assert {p.parent.name for p in written} >= {
+        "gx", "expectations", "validation_definitions", "checkpoints", "uncommitted",
+    }  # fmt: skip
+    for part in (0.5, 0.0):
+        for path in written:
+            raw = path.read_bytes()
+            path.write_bytes(raw[: int(part * len(raw))])
+        found, _ = check(tmp_path, settings, battle_table())
+        assert found.passed
+
+
+def test_validations_of_one_home_wait_for_each_other(tmp_path, settings):
+    check(tmp_path, settings, battle_table())  # from here on it takes two seconds
+    done = threading.Event()
+
+    def validate():
+        check(tmp_path, settings, battle_table())
+        done.set()
+
+    with alone(settings.home / "locks" / "validate"):
+        thread = threading.Thread(target=validate)
+        thread.start()
+        assert not done.wait(5)
+    assert done.wait(60)
+    thread.join()
 
 
 def test_another_schema_is_refused_before_any_rule(tmp_path, settings):
