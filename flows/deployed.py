@@ -6,6 +6,8 @@ Their parameters are JSON; everything else is a setting of the worker's machine.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 from prefect import flow
@@ -28,7 +30,12 @@ from flows.wanted import (
     trained_snapshots,
 )
 from flows.work import measure_version, plan_again
-from flows.worker import cancel_waiting_like_this, said_failed, worker_settings
+from flows.worker import (
+    cancel_waiting_like_this,
+    crashed_since,
+    said_failed,
+    worker_settings,
+)
 from registry import Registry, connect
 from routellm.as_of import moment
 from routellm.ingest import Staged
@@ -42,8 +49,25 @@ UNREADABLE = "routellm.inbox.unreadable"
 _NOTHING_TO_READ = "no source is set, and the inbox is empty"
 
 
-def _flow(**options: Any) -> Any:
-    return flow(persist_result=False, on_failure=[said_failed], on_crashed=[said_failed], **options)
+def _flow(*, on_crashed: Sequence[Any] = (), **options: Any) -> Any:
+    crashed = [said_failed, *on_crashed]
+    return flow(persist_result=False, on_failure=[said_failed], on_crashed=crashed, **options)
+
+
+def ask_again(flow: Any, flow_run: Any, state: Any) -> None:
+    """Ask again for a retraining that was killed: a hook for a flow's ``on_crashed``.
+
+    The first time within an hour, and if it was asked for as it is every night. One that is killed
+    again and again, for it needs more memory than there is, is left to the hourly ingest to try.
+    """
+    given = {name for name, value in flow_run.parameters.items() if value not in (None, True, "")}
+    if flow_run.deployment_id is None or given - {"because"}:
+        return
+    if len(crashed_since(flow_run.deployment_id, timedelta(hours=1))) > 1:
+        return
+    why = f"retraining {flow_run.name} was killed"
+    told = {"reason": flow_run.parameters.get("because", ""), "why": why, "numbers": {}}
+    send_event(EVENT, f"routellm.run.{flow_run.id}", flow_run.name, told)
 
 
 @_flow(name="ingest")
@@ -70,7 +94,7 @@ def ingest(sources: list[str] | None = None) -> State[Any] | None:
     return None
 
 
-@_flow(name="retrain")
+@_flow(name="retrain", on_crashed=[ask_again])
 def retrain(
     sources: list[str] | None = None,
     routers: list[str] | None = None,

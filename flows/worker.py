@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -20,11 +21,12 @@ from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
     FlowRunFilter,
+    FlowRunFilterEndTime,
     FlowRunFilterExpectedStartTime,
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.logging.loggers import flow_run_logger, get_run_logger
 from prefect.states import Cancelled
 from prefect.types._datetime import now
@@ -103,6 +105,19 @@ def cancel_waiting_like_this() -> int:
     if alike:
         get_run_logger().info(f"does the work of {len(alike)} runs that waited, too")
     return len(alike)
+
+
+def crashed_since(deployment: UUID, age: timedelta) -> list[FlowRun]:
+    """Return the runs of a deployment that have crashed within a time."""
+    with get_client(sync_client=True) as client:
+        found: list[FlowRun] = client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED])),
+                end_time=FlowRunFilterEndTime(after_=now("UTC") - age),
+            ),
+        )
+    return found
 
 
 def said_failed(flow: Any, flow_run: Any, state: Any) -> None:

@@ -422,6 +422,38 @@ def test_a_deployed_retraining_looks_back_to_a_moment_that_has_passed(alone, mon
             deployed.retrain.fn(as_of=wrong)
 
 
+def test_a_retraining_that_was_killed_is_asked_for_again_once_an_hour(applied, client, monkeypatch):
+    from prefect.states import Crashed
+
+    from flows import deployed
+    from flows.wanted import EVENT, FRESH
+
+    sent = []
+    monkeypatch.setattr(deployed, "send_event", lambda event, *told: sent.append((event, *told)))
+    deployment = client.read_deployment_by_name("retrain/retrain")
+    killed = []
+
+    def kill(**parameters):
+        given = {"move_alias": True, **parameters}
+        run = client.create_flow_run_from_deployment(
+            deployment.id, parameters=given, state=Crashed()
+        )
+        killed.append(run.id)
+        deployed.ask_again(None, client.read_flow_run(run.id), None)
+
+    kill(as_of="2026-01-19")  # nobody asks for that but a person
+    client.delete_flow_run(killed.pop())
+    assert sent == []
+    kill(because=FRESH)
+    (told,) = sent
+    assert (told[0], told[-1]["reason"]) == (EVENT, FRESH)
+    assert "was killed" in told[-1]["why"]
+    kill(because=FRESH)
+    assert len(sent) == 1  # what kills every one is not tried again at once
+    for one in killed:
+        client.delete_flow_run(one)
+
+
 # --- the chain
 
 
