@@ -396,3 +396,43 @@ def test_a_run_that_its_worker_took_and_never_began_makes_room_and_is_started_ag
         assert state.is_scheduled()
         assert state.message.startswith("no worker began it")
         assert take(other)
+
+
+def test_a_run_whose_machine_is_gone_is_ended_after_its_last_heartbeat(place, monkeypatch):
+    configure(Settings(home=place[0] / "client"))
+    from prefect.client.orchestration import get_client
+    from prefect.states import Running
+
+    from flows import apply
+    from flows.send import send_event
+
+    monkeypatch.setattr(apply, "GONE_AFTER", timedelta(seconds=12))
+    with (
+        client_of(place[3]),
+        get_client(sync_client=True) as client,
+    ):
+        assert len(apply._watch_heartbeats(client)) == 1
+        assert apply._watch_heartbeats(client) == []
+        deployment = client.create_deployment(client.create_flow_from_name("silent"), "silent")
+        silent, sound = (client.create_flow_run_from_deployment(deployment) for _ in range(2))
+
+        def beat(*runs):
+            for run in runs:
+                send_event("prefect.flow-run.heartbeat", f"prefect.flow-run.{run.id}", run.name)
+
+        def state(run):
+            return client.read_flow_run(run.id).state
+
+        for run in (silent, sound):
+            client.set_flow_run_state(run.id, Running(), force=True)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            beat(silent, sound)
+            time.sleep(2)
+        assert state(silent).is_running()  # longer than it may be silent
+        while state(silent).is_running():
+            beat(sound)
+            time.sleep(2)
+        assert state(silent).is_crashed()
+        assert "its machine is gone" in state(silent).message
+        assert state(sound).is_running()
