@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,8 @@ def validate(staged: Staged, store: SnapshotStore, settings: Settings) -> Valida
     before = _previous_profile(staged.previous, store)
     whole = merge(before, fresh) if before else fresh
     figures = set_figures(whole, fresh, before, sum(by_rule.values()))
-    results, docs = _run(frame, figures, settings, failing)
+    with _alone(settings):
+        results, docs = _run(frame, figures, settings, failing)
     return Validation(
         passed=not any(
             not r.passed for r in results if r.kind == "set" and r.severity == "critical"
@@ -155,7 +157,8 @@ def validate_snapshot(manifest: Manifest, store: SnapshotStore, settings: Settin
     }
     whole = profile(store.iter_batches(manifest, COLUMNS))
     figures = set_figures(whole, whole, None, 0)
-    results, docs = _run(frame, figures, settings, failing)
+    with _alone(settings):
+        results, docs = _run(frame, figures, settings, failing)
     critical = [r for r in results if r.severity == "critical"]
     return Validation(all(r.passed for r in critical), results, data_docs=docs, profile=whole)
 
@@ -273,23 +276,17 @@ def _divide(
     return checked, target
 
 
+def _alone(settings: Settings) -> AbstractContextManager[None]:
+    return alone(settings.home / "locks" / "validate")
+
+
 def _run(
     frame: pd.DataFrame,
     figures: dict[str, float],
     settings: Settings,
     failing: dict[str, Any],
 ) -> tuple[tuple[RuleResult, ...], Path | None]:
-    """Run the suites and build the Data Docs; one process at a time, for they share files."""
-    with alone(settings.home / "locks" / "validate"):
-        return _run_alone(frame, figures, settings, failing)
-
-
-def _run_alone(
-    frame: pd.DataFrame,
-    figures: dict[str, float],
-    settings: Settings,
-    failing: dict[str, Any],
-) -> tuple[tuple[RuleResult, ...], Path | None]:
+    """Run the suites and build the Data Docs; the caller holds the lock, for files are shared."""
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     import logging
 
