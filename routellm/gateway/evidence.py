@@ -164,6 +164,8 @@ class Evidence:
         if self.store is None:
             return
         documents = self._taken(self._unshared)
+        if not documents:
+            return
         try:
             self.store.keep_online({self._name(ref): text for ref, text in documents.items()})
         except FeedbackError as error:

@@ -10,7 +10,6 @@ not open to everyone, and what a key has spent can still be told.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from routellm.errors import UsageError
 from routellm.gateway.targets import FIELDS, Target
+from routellm.lock import alone
 
 FORMAT = 1
 
@@ -130,9 +130,7 @@ def revoke_key(path: Path, key_id: str) -> Key:
 def _changing(path: Path) -> Iterator[dict[str, Key]]:
     """Yield the keys, and write them back; one process at a time."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_name(f".{path.name}.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone(path.with_name(f".{path.name}.lock")):
             keys = read_keys(path) if path.exists() else {}
             yield keys
             _write(path, keys)
