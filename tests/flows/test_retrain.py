@@ -9,6 +9,8 @@ import expectations
 from flows import trained as trained_routers
 from flows import trials, work
 from flows.engine import configure
+from flows.promotion import promote_best
+from flows.wanted import trained_snapshots
 from registry import connect
 from registry.log import retraining_run
 from routellm import training
@@ -93,6 +95,22 @@ def test_a_router_is_registered_once_however_often_it_is_asked_for(plan, prepare
                 trained_routers.register_router(trained, plan, registry, parent).version.version
             )
     assert versions[0] == versions[1]
+
+
+def test_a_retraining_of_random_alone_ends_with_its_verdict_once(plan, prepared, registry):
+    settings, _, manifest = prepared
+    with retraining_run(registry, manifest) as parent:
+        trained = trained_routers.train_router("random", plan, settings)
+        trained_routers.evaluate_router(trained, plan, settings)
+        measured = trained_routers.register_router(trained, plan, registry, parent)
+    for _ in range(2):  # asked for again, it is not written down again
+        decision = promote_best([measured], plan.primary, registry)
+        assert decision.outcome == "reject"
+    version = measured.version.version
+    verdicts = [e.action for e in registry.history() if e.version == version]
+    assert verdicts == ["reject"]
+    assert trained_snapshots(registry.versions(), registry.history(), [manifest]) == [manifest]
+    assert registry.champion() is None
 
 
 def test_a_registered_router_carries_its_curve_on_the_primary_benchmark(plan, prepared, registry):
