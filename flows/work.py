@@ -211,7 +211,9 @@ def embedded(
     if not benchmarks:
         raise BenchmarkError(
             f"nothing to measure on: fewer than {training.MIN_HELDOUT} held-out battles of "
-            f"{plan.pair.strong} and {plan.pair.weak}, and no benchmark tables; give --benchmarks"
+            f"{plan.pair.strong} and {plan.pair.weak} (`training.heldout_share` keeps "
+            f"{settings.training.heldout_share:.0%} of prompts aside), and no benchmark tables; "
+            f"give --benchmarks"
         )
     how = settings.evaluation
     side: Side = "training" if how.contamination == "drop_training" else "evaluation"

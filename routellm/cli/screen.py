@@ -62,7 +62,7 @@ class Screen:
         """Yield a line for whatever changed since it was last asked."""
         self._look()
         now = {f"part {n}": self._words(one) for n, one in self.supervisor.parts.items()}
-        now |= {f"run {r.id}": f"{r.name}: {r.state}" for r in reversed(self.runs)}
+        now |= {f"run {r.id}": run_line(r) for r in reversed(self.runs)}
         now |= {f"fact {line.plain.split(' ')[0]}": line.plain for line in self._facts()}
         for key, line in now.items():
             if self._said.get(key) != line:
@@ -164,13 +164,12 @@ class Screen:
     def _latest(self) -> Table:
         table = Table.grid(padding=(0, 3, 0, 0))
         for run in self.runs:
-            what = run.message if run.state in ("Failed", "Crashed", "Cancelled") else ""
             table.add_row(
                 run.at.astimezone().strftime("%H:%M:%S"),
                 f"{run.name} {run.kind}".rstrip(),
                 Text(run.state, style=_COLOURS.get(run.state, "")),
                 _span(run.seconds),
-                Text(what, style="dim", overflow="ellipsis", no_wrap=True),
+                Text(_why(run), style="dim", overflow="ellipsis", no_wrap=True),
             )
         if not self.runs:
             table.add_row(Text("no run yet", style="dim"))
@@ -190,6 +189,16 @@ def _monitor(settings: Settings) -> Text | None:
     worst = f": {bad[0].name}: {bad[0].detail}" if bad else ""
     at = report.at.astimezone().strftime("%H:%M:%S")
     return Text(f"monitor   {said} at {at}{worst}", style="yellow" if bad else "")
+
+
+def run_line(run: FlowRun) -> str:
+    """Return a run's state in a line, with the reason where it did not come to its end."""
+    why = _why(run)
+    return f"{run.name}: {run.state}" + (f" ({why})" if why else "")
+
+
+def _why(run: FlowRun) -> str:
+    return run.message if run.state in ("Failed", "Crashed", "Cancelled") else ""
 
 
 def _span(seconds: float) -> str:

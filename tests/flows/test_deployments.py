@@ -20,6 +20,8 @@ import pytest
 import yaml
 
 from flows.engine import configure
+from flows.recent import recent_runs
+from routellm.cli.screen import run_line
 from routellm.errors import UsageError
 from routellm.routers.base import Pair
 from routellm.settings import Settings
@@ -546,6 +548,9 @@ def test_a_router_that_fails_loses_no_other_and_is_trained_by_the_command_that_i
     command = f"prefect flow-run retry {run.id}"
     assert command in artifact.data
     logged(client, run, command)
+    (shown,) = (one for one in recent_runs(server.url, 20) if one.id == str(run.id))
+    assert run_line(shown).startswith("retrain: Failed (")
+    assert "not trained: mf: this worker would train another mf" in run_line(shown)
 
     with worker(place, server, "gpu") as one:
         until(lambda: len(online(client, "gpu")) == 1, "the right worker of the pool gpu")
